@@ -1,0 +1,37 @@
+# make demo   train four models' worth of memory on a laptop: three runs, a table and a picture
+# make test   the test suite          make test-slow   the training checks, minutes each
+# make check  ruff and mypy           make clean       remove what these made
+#
+# The torch build (CPU or CUDA) is yours to choose: install it into .venv, or beside the python below, and setup takes it.
+
+PYTHON ?= python3
+BIN = .venv/bin
+SUITABLE = import torch; v = torch.__version__.split("+")[0].split(".")[:2]; raise SystemExit((int(v[0]), int(v[1])) < (2, 11))
+
+.PHONY: setup demo test test-slow check clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || if $(PYTHON) -c '$(SUITABLE)' 2>/dev/null; \
+	  then echo "using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages .venv; \
+	  else $(PYTHON) -m venv .venv; fi
+	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: setup
+	$(BIN)/pytest
+
+test-slow: setup
+	$(BIN)/pytest -m slow --durations=0
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

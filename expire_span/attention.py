@@ -1,0 +1,124 @@
+"""One attention for every memory: a softmax over what is seen, weighted by how far it has faded (sections 3 and 4).
+
+    distance = t - i        m = clamp(1 + (span - distance) / ramp, 0, 1)
+    a' = m exp(score) / sum m exp(score)        which is        softmax(score + log m)
+"""
+
+import torch
+from torch import Tensor
+
+NEVER = 2**40  # an age that no span reaches: what padding has
+
+
+def fade(distance: Tensor, span: Tensor, ramp: float) -> Tensor:
+    """m: 1 within the span, then falling to 0 over `ramp` timesteps (section 4)."""
+    return (1 + (span - distance) / ramp).clamp(0, 1)
+
+
+def span_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    age: Tensor,
+    span: Tensor,
+    ramp: float,
+    position: Tensor | None = None,
+    reach: Tensor | None = None,
+    bias: Tensor | None = None,
+    born: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The definition: plain, padded and slow. Every fast form equals it.
+
+    query     (B, H, T, D)
+    key       (B, H, S, D), value too
+    age       (B or 1, S): distance of each key before the first query. Query t is at distance age + t from it; the
+              block's own keys have ages 0, -1, ..., -(T - 1), so a query sees neither itself nor what comes after it
+    span      broadcastable to (B, H, S), timesteps
+    ramp      timesteps; 1 with a whole span is a hard edge
+    position  (n, D): row j is the term of distance j + 1; keys farther than n get none
+    reach     (B, T): only keys at distance <= reach are seen
+    bias      broadcastable to (B, H, S): added to the score
+    born      broadcastable to (B, S): a key is seen from this distance on (None: 1)
+    dropout   share of the attention weights that is dropped
+
+    Scores are (q . k + q . p) / sqrt(D) + bias. Returns (B, H, T, D); a query that sees nothing gets 0.
+    """
+    span, bias, born = (None if each is None else torch.atleast_2d(each) for each in (span, bias, born))
+    distance = age[:, None, None, :] + torch.arange(query.shape[2], device=age.device)[:, None]  # (B or 1, 1, T, S)
+    m = fade(distance, span[..., None, :], ramp)  # (B or 1, H or 1, T, S)
+    seen = (m > 0) & (distance >= (1 if born is None else born[:, None, None]))  # (B or 1, H or 1, T, S)
+    if reach is not None:
+        seen = seen & (distance <= reach[:, None, :, None])
+
+    score = query @ key.transpose(-1, -2)  # (B, H, T, S)
+    if position is not None and len(position) > 0:
+        row = (distance - 1).clamp(0, len(position) - 1).expand_as(score)
+        term = (query @ position.T).gather(-1, row)  # (B, H, T, S)
+        score = score + term.masked_fill(distance > len(position), 0)
+    score = score.to(torch.promote_types(score.dtype, m.dtype)) / query.shape[-1] ** 0.5  # bf16 scores in float32
+    if bias is not None:
+        score = score + bias[..., None, :]
+
+    score = score.masked_fill(~seen, -torch.inf)
+    highest = score.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(score.dtype).min)  # finite where none is seen
+    weight = m * torch.exp(score - highest)  # (B, H, T, S)
+    total = weight.sum(-1, keepdim=True)  # (B, H, T, 1)
+    weight = weight / total.masked_fill(total == 0, 1)
+    weight = torch.nn.functional.dropout(weight, dropout)
+    return weight.to(value.dtype) @ value
+
+
+def samples_of(offsets: Tensor, total: int) -> Tensor:
+    """(N,): the sample that each packed row belongs to; sample b owns rows offsets[b] to offsets[b + 1]."""
+    samples = torch.arange(len(offsets) - 1, device=offsets.device)
+    return torch.repeat_interleave(samples, offsets.diff(), output_size=total)
+
+
+def packed_span_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    *,
+    age: Tensor,
+    span: Tensor,
+    ramp: float,
+    position: Tensor | None = None,
+    reach: Tensor | None = None,
+    bias: Tensor | None = None,
+    born: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`span_attention` over packed keys: sample b owns rows offsets[b] to offsets[b + 1]. The one door to faster forms.
+
+    query (B, H, T, D); key, value (N, H, D); offsets (B + 1,); age, born (N,); span, bias broadcastable to (N, H);
+    position, reach, ramp and dropout as above. Returns (B, H, T, D).
+    """
+    samples, heads, total = len(offsets) - 1, key.shape[1], len(key)
+    samples, heads, total = len(offsets) - 1, key.shape[1], len(key)
+    longest = int(offsets.diff().max())
+    sample = samples_of(offsets, total)  # (N,)
+    slot = sample * longest + torch.arange(total, device=offsets.device) - offsets[sample]  # (N,)
+
+    def pad(packed: Tensor, filler: float = 0.0) -> Tensor:  # (N, ...) -> (B, S, ...)
+        padded = packed.new_full((samples * longest, *packed.shape[1:]), filler)
+        return padded.index_copy(0, slot, packed).unflatten(0, (samples, longest))
+
+    def pad_by_head(packed: Tensor) -> Tensor:  # (N or 1, H or 1) -> (B or 1, H or 1, S or 1)
+        return (pad(packed) if len(packed) == total else packed[None]).transpose(1, 2)
+
+    return span_attention(
+        query,
+        pad(key).transpose(1, 2),
+        pad(value).transpose(1, 2),
+        age=pad(age, NEVER),
+        span=pad_by_head(span.expand(-1, heads) if span.shape[0] == total else span),
+        ramp=ramp,
+        position=position,
+        reach=reach,
+        bias=None if bias is None else pad_by_head(bias),
+        born=None if born is None else pad(born),
+        dropout=dropout,
+    )

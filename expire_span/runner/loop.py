@@ -1,0 +1,256 @@
+"""One loop for every task: take a block, step, log; evaluate; save."""
+
+import logging
+import math
+import signal
+import statistics
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from expire_span.tasks.stream import IGNORED, Batch
+
+from . import checkpoint
+from .build import build_model, precision, prepare
+from .measures import Answers, Meter, in_terms_of, peak_memory, reset_peak_memory
+from .mirror import mirror
+from .record import append_metrics, provenance, read_metrics, truncate_metrics, write_diff, write_summary
+from .schedule import alpha_factor, rate_factor, set_rates
+from .step import predict
+from .training import Training, load_weights
+
+log = logging.getLogger(__name__)
+
+Figures = dict[str, float]
+
+
+def train(config: DictConfig, folder: Path) -> Figures:
+    """Train to the end, from the folder's checkpoint if it has one; evaluate; leave a summary. Returns its figures."""
+    training = Training(config, folder)
+    resumed = training.restore()
+    origin = provenance()
+    write_diff(folder)
+    truncate_metrics(folder / "metrics.jsonl", training.update)
+    reset_peak_memory(training.device)
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    log.info(
+        f"{'continuing' if resumed else 'training'} in {folder}: {parameters:,} parameters, on {training.device}, "
+        f"updates {training.update} to {config.train.updates}"
+    )
+    with reporting(training) as report, stop_signal() as stopped:
+        while training.update < config.train.updates:
+            train_update(training)
+            if training.update % config.run.log_every == 0:
+                report(interval(training))
+            if training.update % (config.evaluation.every or math.inf) == 0:
+                report(evaluate(training.forward, training.task, "valid", config, training.device))
+            last = training.update == config.train.updates
+            if last or stopped.is_set() or training.update % config.run.checkpoint_every == 0:
+                training.save()
+            if stopped.is_set() and not last:
+                raise SystemExit(f"stopped at update {training.update}; to go on: expire-span resume={folder}")
+        figures = speed(folder) | peak_memory(training.device)
+        for split in config.splits:
+            figures |= evaluate(training.forward, training.task, split, config, training.device)
+        report(figures)
+    write_summary(folder, summary(training, figures) | origin)
+    return figures
+
+
+def train_update(training: Training) -> None:
+    """One update of the weights, out of `train.accumulate` blocks in which something is asked."""
+    config, model, optimiser = training.config, training.model, training.optimiser
+    training.watch.start()
+    model.train()
+    set_rates(optimiser, rate_factor(training.update, config.train.updates, config.schedule))
+    alpha = alpha_factor(training.update, config.schedule)
+    per_block = training.task.answer == "block"
+    for _ in range(config.train.accumulate):
+        batch = next_asked(training)
+        with precision(config, training.device):
+            loss, training.state, figures = predict(training.forward, batch, training.state, alpha, per_block)
+        (loss / config.train.accumulate).backward()
+        training.meter.add(figures)
+    norm = clip_grad_norm_(model.parameters(), config.train.clip or math.inf)
+    training.meter.add({"train/gradient_norm": norm})
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    training.update += 1
+    training.watch.stop()
+
+
+def next_asked(training: Training) -> Batch:
+    """The next block with a target. Those before it only become memories.
+
+    Where nothing is asked nothing is learned, and the spans of such a block should not be pulled down either: nothing
+    in it could pull them up.
+    """
+    while True:
+        batch = next(training.stream)
+        training.blocks += 1
+        there = to_device(batch, training.device)
+        if (batch.targets != IGNORED).any():
+            return there
+        with torch.no_grad(), precision(training.config, training.device):
+            _, training.state, _ = training.forward(there.tokens, training.state, there.reach)
+
+
+@torch.no_grad()
+def evaluate(model: Any, task: Any, split: str, config: DictConfig, device: torch.device) -> Figures:
+    """The split from its beginning to its end, each stream from empty memories on: figures named split/..."""
+    model.eval()
+    settings = config.evaluation
+    answers, meter = Answers(task.answer == "block", device), Meter()
+    state = model.initial_state(settings.batch)
+    for number, batch in enumerate(task.stream(split, settings.batch, settings.block)):
+        if number == settings.blocks:
+            break
+        batch = to_device(batch, device)
+        with precision(config, device):
+            scores, state, figures = model(batch.tokens, state, batch.reach)
+        answers.add(scores, batch)
+        del figures["span_loss"]
+        meter.add(figures)
+    figures = answers.figures(task.measure, bytes_per_token(task, split)) | meter.means()
+    return {f"{split}/{name}": figure for name, figure in figures.items()}
+
+
+def evaluate_run(config: DictConfig, run: Path, folder: Path) -> Figures:
+    """Evaluate the checkpoint of a run folder by its own config, perhaps changed; leave a summary in another folder."""
+    device = prepare(config)
+    content = checkpoint.load(run)
+    if content is None:
+        raise FileNotFoundError(f"evaluate={run} has no checkpoint.pt; name the folder of a run that has saved one")
+    task = instantiate(config.task)
+    model = build_model(config, task, device)
+    load_weights(model, content, run)
+    reset_peak_memory(device)
+    figures: Figures = {}
+    for split in config.splits:
+        figures |= evaluate(model, task, split, config, device)
+    figures |= peak_memory(device)
+    append_metrics(folder / "metrics.jsonl", {"update": content["update"], **figures})
+    write_summary(folder, protocol(config, task, device, content["update"], content["blocks"], figures) | provenance())
+    return figures
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in batch))
+
+
+def bytes_per_token(task: Any, split: str) -> float:
+    return task.bytes_per_token(split) if hasattr(task, "bytes_per_token") else 1.0
+
+
+def interval(training: Training) -> Figures:
+    """The figures since the last reading; the task hears how well it went. Raises ValueError where the loss is NaN."""
+    training.refuse_nan()
+    config, task = training.config, training.task
+    blocks = training.blocks - training.blocks_read
+    training.blocks_read = training.blocks
+    figures = training.meter.means()
+    milliseconds = training.watch.read() / blocks
+    accuracy = figures.pop("train/accuracy")
+    figures[f"train/{task.measure}"] = in_terms_of(
+        task.measure, figures["train/loss"], accuracy, bytes_per_token(task, "train")
+    )
+    if hasattr(task, "feedback"):
+        figures["train/stage"] = task.stage
+        task.feedback(accuracy)
+    figures["perf/ms_per_batch"] = milliseconds
+    figures["perf/tokens_per_second"] = 1000 * config.train.batch * config.train.block / milliseconds
+    return figures | peak_memory(training.device)
+
+
+def speed(folder: Path) -> Figures:
+    """Medians over the second half of the intervals: by then a curriculum is over, and nothing is compiled any more."""
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "perf/ms_per_batch" in row]
+    late = rows[len(rows) // 2 :]
+    names = ("perf/ms_per_batch", "perf/tokens_per_second")
+    return {name: statistics.median(row[name] for row in late) for name in names} if late else {}
+
+
+@contextmanager
+def reporting(training: Training) -> Iterator[Callable[[Figures], None]]:
+    """A function that writes a row of figures where they belong: the file first, then W&B, then the terminal."""
+    config, folder, measure = training.config, training.folder, training.task.measure
+    watched = (f"train/{measure}", f"valid/{measure}", f"test/{measure}", "memory/size", "test/memory/size")
+    bar = tqdm(total=config.train.updates, initial=training.update, disable=None if config.run.progress else True)
+    with mirror(config, folder.name, training.run_id) as show, bar:
+
+        def report(figures: Figures) -> None:
+            row = {"update": training.update, **figures}
+            append_metrics(folder / "metrics.jsonl", row)
+            show(row)
+            words = [f"{name} {row[name]:.4g}" for name in (*watched, "perf/ms_per_batch") if name in row]
+            bar.n = training.update
+            bar.set_postfix_str(", ".join(words))
+            if bar.disable:
+                log.info(f"update {training.update}: {', '.join(words)}")
+
+        yield report
+
+
+@contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C or SIGTERM, so that the update is finished and saved; the second one ends the process."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def summary(training: Training, figures: Figures) -> dict[str, Any]:
+    return protocol(training.config, training.task, training.device, training.update, training.blocks, figures)
+
+
+def protocol(
+    config: DictConfig, task: Any, device: torch.device, update: int, blocks: int, figures: Figures
+) -> dict[str, Any]:
+    """A run's figures and what gave them."""
+    settings = OmegaConf.to_container(config)
+    settings.pop("wandb")  # type: ignore[union-attr]
+    return {
+        "finished": update >= config.train.updates,
+        "task": config.task["_target_"].split(".")[-2],
+        "model": config.model["_target_"].split(".")[-1],
+        "measure": task.measure,
+        "figures": figures,
+        "protocol": {
+            "splits": list(config.splits),
+            "updates": update,
+            "tokens": blocks * config.train.batch * config.train.block,
+            "batch": config.train.batch,
+            "block": config.train.block,
+            "evaluation_batch": config.evaluation.batch,
+            "evaluation_block": config.evaluation.block,
+            "evaluation_blocks": config.evaluation.blocks,
+            "memory_at_start": "empty",
+            "max_span": config.model.get("max_span"),
+            "seed": config.seed,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "precision": config.run.precision,
+        },
+        "config": settings,
+    }

@@ -1,0 +1,82 @@
+"""The one entry: `expire-span task=... model=... size=...`, or evaluate=RUN, or resume=RUN."""
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .loop import evaluate_run, train
+from .record import lock
+from .settings import checked
+
+
+@hydra.main(config_path="pkg://expire_span.conf", config_name="config", version_base="1.3")
+def run(config: DictConfig) -> float:
+    """Train, or evaluate, in Hydra's folder for this job. Returns the task's figure on the last split, for sweepers."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    if config.evaluate is not None:
+        source = Path(config.evaluate)
+        config = checked(changed(saved_config(source), list(hydra_config.overrides.task)))
+        with lock(folder):
+            figures = evaluate_run(config, source, folder)
+    else:
+        config = checked(config)
+        with lock(folder):
+            figures = train(config, folder)
+    for name, figure in figures.items():
+        print(f"{name:40} {figure:.5g}")
+    return next(iter(figures.values()))
+
+
+def saved_config(run_folder: Path) -> DictConfig:
+    path = run_folder / ".hydra" / "config.yaml"
+    if not path.exists():
+        raise FileNotFoundError(f"{run_folder} is not a run folder: it has no .hydra/config.yaml")
+    return OmegaConf.load(path)  # type: ignore[return-value]
+
+
+def changed(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """A saved config with this command's values; choosing another task or model would make it another run."""
+    OmegaConf.set_struct(config, True)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in ("task", "model", "size", "experiment"):
+            raise ValueError(f"evaluate=RUN takes {key} from the run itself; leave {override} away")
+        if key != "evaluate":
+            OmegaConf.update(config, key.lstrip("+"), OmegaConf.from_dotlist([f"x={value}"]).x, force_add=key[0] == "+")
+    return config
+
+
+def resumed(arguments: list[str]) -> list[str]:
+    """resume=RUN stands for the run's own overrides, in its own folder; whatever else is given changes them."""
+    given = [argument for argument in arguments if argument.startswith("resume=")]
+    if not given:
+        return arguments
+    run_folder = Path(given[0].partition("=")[2])
+    path = run_folder / ".hydra" / "overrides.yaml"
+    if not path.exists():
+        raise FileNotFoundError(f"resume={run_folder} is not a run folder: it has no .hydra/overrides.yaml")
+    others = [argument for argument in arguments if argument not in given]
+    before = [each for each in OmegaConf.load(path) if each.partition("=")[0] not in {o.partition("=")[0] for o in others}]
+    return [*before, *others, f"hydra.run.dir={run_folder}"]
+
+
+def main() -> None:
+    """The console command. Bad input ends it with one line; HYDRA_FULL_ERROR=1 shows where it was found."""
+    everything = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        sys.argv[1:] = resumed(sys.argv[1:])
+        run()
+    except Exception as error:
+        while error.__cause__ is not None and isinstance(error, HydraException):
+            error = error.__cause__  # type: ignore[assignment]
+        if everything or not isinstance(error, (ValueError, OSError, HydraException, OmegaConfBaseException)):
+            raise
+        sys.exit("error: " + " ".join(str(error).split()))

@@ -1,0 +1,68 @@
+"""Weights & Biases shows what metrics.jsonl holds. A run never depends on it."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
+
+Mirror = Callable[[dict[str, float]], None]
+
+
+@contextmanager
+def mirror(config: DictConfig, name: str, run_id: str) -> Iterator[Mirror]:
+    """A function that shows one row of figures. Whatever fails here is said once, and the run goes on without."""
+    run = None
+    if config.wandb.mode != "disabled":
+        try:
+            run = start(config, name, run_id)
+        except Exception as error:  # no package, no network, no disk: none of them is the run's business
+            log.warning("W&B is off for this run (%s); metrics.jsonl has everything", error)
+
+    def show(row: dict[str, float]) -> None:
+        nonlocal run
+        if run is not None:
+            try:
+                run.log(row, step=int(row["update"]))
+            except Exception as error:
+                log.warning("W&B stopped (%s); metrics.jsonl goes on", error)
+                run = None
+
+    try:
+        yield show
+    except BaseException:
+        finish(run, exit_code=1)
+        raise
+    finish(run, exit_code=0)
+
+
+def start(config: DictConfig, name: str, run_id: str) -> Any:
+    import wandb  # takes a second, and a machine without a network may lack it
+
+    settings = config.wandb
+    mode = settings.mode
+    if mode == "auto":
+        mode = "online" if wandb.login(prompt=False) else "offline"
+    return wandb.init(
+        mode=mode,
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group,
+        tags=list(settings.tags),
+        name=name,
+        id=run_id,
+        resume="allow",
+        config=OmegaConf.to_container(config, resolve=True),
+        settings=wandb.Settings(silent=True),
+    )
+
+
+def finish(run: Any, exit_code: int) -> None:
+    if run is not None:
+        try:
+            run.finish(exit_code=exit_code)
+        except Exception as error:
+            log.warning("W&B did not finish (%s); metrics.jsonl has everything", error)

@@ -1,0 +1,96 @@
+"""A training run as one thing that can be saved and gone on with."""
+
+import math
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from ..memory import Memory
+from . import checkpoint
+from .build import build_model, build_optimiser, prepare
+from .measures import Meter, Stopwatch
+
+
+class Training:
+    """What the next update depends on, all of which a checkpoint holds, and the clock.
+
+    Building it reads the data and reports, by ValueError or FileNotFoundError, whatever in the config cannot work.
+    """
+
+    def __init__(self, config: DictConfig, folder: Path):
+        self.config, self.folder = config, folder
+        self.device = prepare(config)
+        self.task = instantiate(config.task)
+        self.model = build_model(config, self.task, self.device)
+        self.forward = torch.compile(self.model, dynamic=True) if config.run.compile else self.model
+        self.optimiser = build_optimiser(config, self.model)
+        self.stream = self.task.stream("train", config.train.batch, config.train.block)
+        for split in config.splits:  # what is wrong with them should be known now, not after the training
+            self.task.stream(split, config.evaluation.batch, config.evaluation.block)
+        self.state = self.model.initial_state(config.train.batch)
+        self.meter, self.watch = Meter(), Stopwatch(self.device)
+        self.update = 0  # updates done
+        self.blocks = self.blocks_read = 0  # blocks trained on, also those in which nothing is asked; at the last log
+        self.run_id = uuid.uuid4().hex[:8]  # W&B's
+
+    def save(self) -> None:
+        """Raises ValueError, and leaves the last good checkpoint, if the loss or a weight is no longer a number."""
+        self.refuse_nan()
+        content = {
+            "update": self.update,
+            "blocks": self.blocks,
+            "run_id": self.run_id,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "stream": self.stream.state_dict(),
+            "task": self.task.state_dict() if hasattr(self.task, "state_dict") else {},
+            "now": self.state["now"],
+            "layers": [tuple(memory) for memory in self.state["layers"]],
+            "meter": self.meter.values(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+        checkpoint.save(self.folder, content)
+
+    def restore(self) -> bool:
+        """Go on from the folder's checkpoint; False where it has none."""
+        content = checkpoint.load(self.folder)
+        if content is None:
+            return False
+        load_weights(self.model, content, self.folder)
+        self.optimiser.load_state_dict(content["optimiser"])
+        self.stream.load_state_dict(content["stream"])
+        if content["task"]:
+            self.task.load_state_dict(content["task"])
+        layers = [Memory(*(tensor.to(self.device) for tensor in memory)) for memory in content["layers"]]
+        self.state = {"now": content["now"].to(self.device), "layers": layers}
+        self.meter.added.update({name: list(figures) for name, figures in content["meter"].items()})
+        self.update, self.blocks, self.run_id = content["update"], content["blocks"], content["run_id"]
+        torch.set_rng_state(content["random"])
+        if self.device.type == "cuda" and content["random_cuda"]:
+            torch.cuda.set_rng_state_all(content["random_cuda"])
+        return True
+
+    def refuse_nan(self) -> None:
+        """Raises ValueError, with the update, if a loss since the last reading is not a number."""
+        losses = self.meter.values().get("train/loss", [])
+        for number, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                update = self.update - (len(losses) - 1 - number) // self.config.train.accumulate
+                raise ValueError(
+                    f"the loss is {loss} at update {update}; try a lower optimiser.lr or train.clip. "
+                    f"The last good checkpoint stays in {self.folder}"
+                )
+
+
+def load_weights(model: torch.nn.Module, content: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError where they are another model's."""
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        what = " ".join(str(error).splitlines()[1].split())
+        raise ValueError(f"{folder} holds a checkpoint of another model ({what}); use another hydra.run.dir") from None

@@ -1,0 +1,200 @@
+"""The one model: a decoder-only stack whose layers remember (section 3). Its memories decide which model it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, relu
+
+from .attention import fade, packed_span_attention, samples_of
+from .memory.mechanism import Mechanism, memory_size, reached
+from .memory.packed import Memory, empty, select
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The sizes of a Transformer; its depth is the number of memories that it is given.
+
+    vocabulary         different input tokens; classes: different outputs (None: the vocabulary)
+    dropout            share dropped of the attention weights and after the ReLU
+    embedding_dropout  share dropped of the embeddings and of the last layer's output
+    pre_norm           normalise what enters a sublayer; else what leaves it, after the residual
+    """
+
+    vocabulary: int
+    hidden_size: int
+    heads: int
+    feedforward_size: int
+    classes: int | None = None
+    dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    pre_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.hidden_size % self.heads:
+            raise ValueError(
+                f"transformer.heads must divide transformer.hidden_size, got {self.heads} heads for {self.hidden_size}"
+            )
+
+
+class MemoryAttention(nn.Module):
+    """Multi-head attention to packed memories, with one table of relative positions for all heads."""
+
+    def __init__(self, hidden_size: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.value = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, memory: Memory, span: Tensor, **fading: Any) -> Tensor:
+        """hidden (B, T, d) looks at memory; fading: what `packed_span_attention` takes besides. Returns (B, T, d)."""
+        query, key, value = (
+            linear(rows).unflatten(-1, (self.heads, -1))  # (B, T, H, D), (N, H, D) twice
+            for linear, rows in ((self.query, hidden), (self.key, memory.hidden), (self.value, memory.hidden))
+        )
+        out = packed_span_attention(
+            query.transpose(1, 2),
+            key,
+            value,
+            memory.offsets,
+            span=span,
+            born=memory.born,
+            dropout=self.dropout if self.training else 0.0,
+            **fading,
+        )  # (B, H, T, D)
+        return self.output(out.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Attention to the memories and the block, then feed-forward; afterwards the block joins the memories."""
+
+    def __init__(
+        self, memory: Mechanism, hidden_size: int, heads: int, feedforward_size: int, dropout: float, pre_norm: bool
+    ):
+        super().__init__()
+        self.memory, self.dropout, self.pre_norm = memory, dropout, pre_norm
+        self.attention = MemoryAttention(hidden_size, heads, dropout)
+        self.feedforward_in = nn.Linear(hidden_size, feedforward_size)
+        self.feedforward_out = nn.Linear(feedforward_size, hidden_size)
+        self.norm_attention = nn.LayerNorm(hidden_size)
+        self.norm_feedforward = nn.LayerNorm(hidden_size)
+
+    def feedforward(self, hidden: Tensor) -> Tensor:
+        return self.feedforward_out(dropout(relu(self.feedforward_in(hidden)), self.dropout, self.training))
+
+    def forward(
+        self, hidden: Tensor, memory: Memory, now: Tensor, position: Tensor, reach: Tensor | None, episode: Tensor | None
+    ) -> tuple[Tensor, Memory, dict[str, Tensor]]:
+        """hidden (B, T, d), whose first timestep is `now`; reach (B, T): what is seen; episode (B, T): what is kept."""
+        samples, block, _ = hidden.shape
+        entries = self.memory.extend(memory, hidden, now + torch.arange(block, device=hidden.device))  # N rows
+        sample, age = samples_of(entries.offsets, len(entries.time)), now - entries.time  # (N,)
+
+        seen = entries._replace(hidden=self.norm_attention(entries.hidden)) if self.pre_norm else entries
+        span = self.memory.span(seen)  # (N or 1, H or 1)
+        attended = self.attention(
+            self.norm_attention(hidden) if self.pre_norm else hidden,
+            seen,
+            span,
+            age=age,
+            ramp=self.memory.ramp,
+            position=self.memory.spread(position[: self.memory.positions]),
+            reach=reach,
+        )
+        if self.pre_norm:
+            hidden = hidden + attended
+            hidden = hidden + self.feedforward(self.norm_feedforward(hidden))
+        else:
+            hidden = self.norm_attention(hidden + attended)
+            hidden = self.norm_feedforward(hidden + self.feedforward(hidden))
+
+        nearest, farthest = reached(age, entries.born, sample, block, reach)
+        loss = self.memory.loss(span, nearest, farthest, samples, block)
+        with torch.no_grad():
+            kept = (fade((age + block)[:, None], span, self.memory.ramp) > 0).any(-1)  # (N,)
+            if episode is not None:
+                kept = kept & (age + block - 1 <= episode[:, -1][sample])  # an earlier episode's never come back
+            fresh = (entries.time >= now)[:, None]
+            figures = {
+                "loss": loss,
+                "size": memory_size(span, self.memory.ramp, nearest, farthest, samples * block),
+                "span": (span * fresh).sum(0).mean() / (samples * block),
+            }
+            carried = select(entries._replace(hidden=entries.hidden.detach()), kept)
+        figures["loss"] = loss
+        return hidden, carried, figures
+
+
+class Transformer(nn.Module):
+    """Tokens in, scores out, and the memories carried from block to block.
+
+    memory: one mechanism a layer, for example [ExpireSpan(...) for _ in range(layers)].
+    """
+
+    def __init__(self, config: TransformerConfig, memory: Sequence[Mechanism]):
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.embedding = nn.Embedding(config.vocabulary, size)
+        self.position = nn.Parameter(torch.empty(max(each.positions for each in memory), size // config.heads))
+        self.layers = nn.ModuleList(
+            Layer(each, size, config.heads, config.feedforward_size, config.dropout, config.pre_norm) for each in memory
+        )
+        self.norm = nn.LayerNorm(size) if config.pre_norm else nn.Identity()
+        self.output = nn.Linear(size, config.vocabulary if config.classes is None else config.classes)
+        nn.init.normal_(self.embedding.weight, std=size**-0.5)
+        nn.init.normal_(self.position)
+
+    def initial_state(self, samples: int) -> State:
+        """No memories yet, at timestep 0."""
+        now = torch.zeros((), dtype=torch.long, device=self.position.device)
+        return {"now": now, "layers": [empty(samples, self.config.hidden_size, self.position) for _ in self.layers]}
+
+    def forward(self, tokens: Tensor, state: State, reach: Tensor | None = None) -> tuple[Tensor, State, dict[str, Any]]:
+        """One block.
+
+        tokens (B, T), or (B, T, F) with F fields a timestep whose embeddings are summed; reach (B, T): timesteps since
+        the episode began, before which nothing is seen or kept (None: one endless episode). Returns the scores
+        (B, T, classes), the detached state for the next block, and figures:
+        span_loss (alpha included, differentiable), memory/size, memory/span, memory/size_layer_N and memory/bytes.
+        """
+        hidden = self.embedding(tokens)  # (B, T, d), or (B, T, F, d)
+        if tokens.dim() == 3:
+            hidden = hidden.sum(2)
+        hidden = dropout(hidden, self.config.embedding_dropout, self.training)
+
+        samples, block = hidden.shape[:2]
+        episode = reach
+        dropped = [layer.memory.max_span for layer in self.layers if layer.memory.random_drop]
+        if dropped and self.training:
+            limit = torch.randint(max(dropped) + 1, (1, 1)).to(hidden.device)  # one for all samples and layers
+            reach = limit.expand(samples, block) if reach is None else torch.minimum(reach, limit)
+
+        memories, figures = [], []
+        for layer, memory in zip(self.layers, state["layers"], strict=True):
+            hidden, memory, layer_figures = layer(hidden, memory, state["now"], self.position, reach, episode)
+            memories.append(memory)
+            figures.append(layer_figures)
+
+        hidden = dropout(self.norm(hidden), self.config.embedding_dropout, self.training)
+        carried = {"now": state["now"] + block, "layers": memories}
+        return self.output(hidden), carried, summed_up(figures, memories)
+
+
+def summed_up(figures: list[dict[str, Tensor]], memories: list[Memory]) -> dict[str, Any]:
+    """The layers' figures as the model's: the loss summed, sizes and spans meaned, bytes of carried state a stream."""
+    sizes = [each["size"] for each in figures]
+    state_bytes = sum(tensor.numel() * tensor.element_size() for memory in memories for tensor in memory)
+    return {
+        "span_loss": torch.stack([each["loss"] for each in figures]).sum(),
+        "memory/size": torch.stack(sizes).mean(),
+        "memory/span": torch.stack([each["span"] for each in figures]).mean(),
+        "memory/bytes": state_bytes / (len(memories[0].offsets) - 1),
+        **{f"memory/size_layer_{number}": size for number, size in enumerate(sizes)},
+    }

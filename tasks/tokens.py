@@ -1,0 +1,57 @@
+"""One long text as B streams side by side: each starts in its own part of it, and block follows block.
+
+    part 1: a b c d e    ->  block 1: a b c   targets: b c d     block 2: d e   targets: e f
+    part 2: f g h i j ...             f g h            g h i              i j            j k
+
+Scored is every token but the very first, once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from .stream import IGNORED, Batch
+
+
+class TokenStream:
+    """Next-token batches of `array`, (N,) of whole numbers, which may be a memory map.
+
+    A part's last target is the next part's first token, so that each but the very first is a target once a round.
+    `endless`: each stream reads on into the next part, and after the last token from the first on. Else each ends with
+    its part; a part shorter than the others' blocks is filled up with IGNORED.
+
+    Raises ValueError, beginning with `name`, where the array is too short: endless, for a block a stream; else, for
+    a target.
+    """
+
+    def __init__(self, array: np.ndarray, batch: int, block: int, endless: bool, name: str):
+        needed = batch * block + 1 if endless else 2
+        if len(array) < needed:
+            streams = f" for {batch} streams of a block of {block}" if endless else ""
+            raise ValueError(f"{name} has {len(array):,} tokens, at least {needed:,} are needed{streams}")
+        self.array, self.block, self.endless = array, block, endless
+        self.starts = np.arange(batch + 1) * (len(array) - 1) // batch  # (B + 1,): of the parts, and the end
+        self.time = 0  # tokens read by each stream
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        index = self.starts[:-1, None] + np.arange(self.time, self.time + self.block)  # (B, T)
+        inside = index < self.starts[1:, None]
+        if not self.endless and not inside.any():
+            raise StopIteration
+        self.time += self.block
+        index %= len(self.array) - 1  # the last token is only a target
+        tokens, targets = self.array[index].astype(np.int64), self.array[index + 1].astype(np.int64)
+        if not self.endless:
+            targets[~inside] = IGNORED
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"time": self.time}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.time = state["time"]
