@@ -45,10 +45,11 @@ def span_attention(
 
     Scores are (q . k + q . p) / sqrt(D) + bias. Returns (B, H, T, D); a query that sees nothing gets 0.
     """
-    span, bias, born = (None if each is None else torch.atleast_2d(each) for each in (span, bias, born))
+    span = torch.atleast_2d(span)
     distance = age[:, None, None, :] + torch.arange(query.shape[2], device=age.device)[:, None]  # (B or 1, 1, T, S)
     m = fade(distance, span[..., None, :], ramp)  # (B or 1, H or 1, T, S)
-    seen = (m > 0) & (distance >= (1 if born is None else born[:, None, None]))  # (B or 1, H or 1, T, S)
+    first = 1 if born is None else torch.atleast_2d(born)[:, None, None]  # (B or 1, 1, 1, S)
+    seen = (m > 0) & (distance >= first)  # (B or 1, H or 1, T, S)
     if reach is not None:
         seen = seen & (distance <= reach[:, None, :, None])
 
@@ -59,7 +60,7 @@ def span_attention(
         score = score + term.masked_fill(distance > len(position), 0)
     score = score.to(torch.promote_types(score.dtype, m.dtype)) / query.shape[-1] ** 0.5  # bf16 scores in float32
     if bias is not None:
-        score = score + bias[..., None, :]
+        score = score + torch.atleast_2d(bias)[..., None, :]
 
     score = score.masked_fill(~seen, -torch.inf)
     highest = score.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(score.dtype).min)  # finite where none is seen

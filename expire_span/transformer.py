@@ -89,7 +89,13 @@ class Layer(nn.Module):
         return self.feedforward_out(dropout(relu(self.feedforward_in(hidden)), self.dropout, self.training))
 
     def forward(
-        self, hidden: Tensor, memory: Memory, now: Tensor, position: Tensor, reach: Tensor | None, episode: Tensor | None
+        self,
+        hidden: Tensor,
+        memory: Memory,
+        now: Tensor,
+        position: Tensor,
+        reach: Tensor | None,
+        episode: Tensor | None,
     ) -> tuple[Tensor, Memory, dict[str, Tensor]]:
         """hidden (B, T, d), whose first timestep is `now`; reach (B, T): what is seen; episode (B, T): what is kept."""
         samples, block, _ = hidden.shape
@@ -122,7 +128,6 @@ class Layer(nn.Module):
                 kept = kept & (age + block - 1 <= episode[:, -1][sample])  # an earlier episode's never come back
             fresh = (entries.time >= now)[:, None]
             figures = {
-                "loss": loss,
                 "size": memory_size(span, self.memory.ramp, nearest, farthest, samples * block),
                 "span": (span * fresh).sum(0).mean() / (samples * block),
             }
@@ -148,6 +153,7 @@ class Transformer(nn.Module):
         )
         self.norm = nn.LayerNorm(size) if config.pre_norm else nn.Identity()
         self.output = nn.Linear(size, config.vocabulary if config.classes is None else config.classes)
+        self.farthest_drop = max(each.max_span if each.random_drop else 0 for each in memory)  # L of the random drop
         nn.init.normal_(self.embedding.weight, std=size**-0.5)
         nn.init.normal_(self.position)
 
@@ -156,7 +162,9 @@ class Transformer(nn.Module):
         now = torch.zeros((), dtype=torch.long, device=self.position.device)
         return {"now": now, "layers": [empty(samples, self.config.hidden_size, self.position) for _ in self.layers]}
 
-    def forward(self, tokens: Tensor, state: State, reach: Tensor | None = None) -> tuple[Tensor, State, dict[str, Any]]:
+    def forward(
+        self, tokens: Tensor, state: State, reach: Tensor | None = None
+    ) -> tuple[Tensor, State, dict[str, Any]]:
         """One block.
 
         tokens (B, T), or (B, T, F) with F fields a timestep whose embeddings are summed; reach (B, T): timesteps since
@@ -171,9 +179,8 @@ class Transformer(nn.Module):
 
         samples, block = hidden.shape[:2]
         episode = reach
-        dropped = [layer.memory.max_span for layer in self.layers if layer.memory.random_drop]
-        if dropped and self.training:
-            limit = torch.randint(max(dropped) + 1, (1, 1)).to(hidden.device)  # one for all samples and layers
+        if self.farthest_drop and self.training:
+            limit = torch.randint(self.farthest_drop + 1, (1, 1)).to(hidden.device)  # one for all samples and layers
             reach = limit.expand(samples, block) if reach is None else torch.minimum(reach, limit)
 
         memories, figures = [], []

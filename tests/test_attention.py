@@ -88,7 +88,11 @@ def test_a_memory_with_m_0_changes_nothing_however_loud_it_is():
     expired = torch.zeros_like(inputs["span"]).bool()
     expired[:, :, 2] = True
     quiet = {**inputs, "span": inputs["span"].masked_fill(expired, -100.0)}
-    loud = {**quiet, "bias": inputs["bias"].masked_fill(expired, 1e4), "value": inputs["value"].masked_fill(expired[..., None], 1e30)}
+    loud = {
+        **quiet,
+        "bias": inputs["bias"].masked_fill(expired, 1e4),
+        "value": inputs["value"].masked_fill(expired[..., None], 1e30),
+    }
     assert torch.equal(span_attention(**quiet, **fixed), span_attention(**loud, **fixed))
     assert all(gradient.isfinite().all() for gradient in gradients(span_attention(**loud, **fixed), inputs).values())
 

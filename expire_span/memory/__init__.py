@@ -5,14 +5,15 @@ them is how memories are handled"):
 
     m = clamp(1 + (span - distance) / ramp, 0, 1)        a' = softmax(score + log m)        distance >= 1
 
-    | model           | span                                   | its shape             | ramp | what is kept            |
-    | --------------- | -------------------------------------- | --------------------- | ---- | ----------------------- |
-    | Transformer-XL  | L                                      | one number            | 1    | the last L              |
-    | Adaptive-Span   | z + 1, learned                         | per head              | R    | the last max z + R      |
-    | Expire-Span     | e_i, learned from h_i                  | per sample and memory | R    | those with m > 0        |
-    | Compressive     | L; L + c (C + 1) for a pooled one      | one number per kind   | 1    | the last L, C pooled    |
+    | model          | span                              | its shape             | ramp | what is kept         |
+    | -------------- | --------------------------------- | --------------------- | ---- | -------------------- |
+    | Transformer-XL | L                                 | one number            | 1    | the last L           |
+    | Adaptive-Span  | z + 1, learned                    | per head              | R    | the last max z + R   |
+    | Expire-Span    | e_i, learned from h_i             | per sample and memory | R    | those with m > 0     |
+    | Compressive    | L; L + c (C + 1) for a pooled one | one number per kind   | 1    | the last L, C pooled |
 
-What is kept follows from the span: a memory is deleted, per sample and layer, once m = 0 for the next block's first query.
+What is kept follows from the span: a memory is deleted, per sample and layer, once m = 0 for the first query of the
+next block.
 """
 
 from .adaptive_span import AdaptiveSpan

@@ -14,7 +14,10 @@ from .packed import Memory, dense, join, select
 
 
 class Compressive(Mechanism):
-    """max_span: L, timesteps; compressed: C, pooled memories; rate: c, states pooled into one. All distances are told."""
+    """max_span: L, timesteps; compressed: C, pooled memories; rate: c, states pooled into one. All distances are told.
+
+    Blocks may have any length, which changes no output, but not more than the L timesteps that are pooled only later.
+    """
 
     def __init__(self, max_span: int, compressed: int, rate: int = 4):
         if compressed < 1 or rate < 1:
@@ -27,8 +30,8 @@ class Compressive(Mechanism):
         samples, block, size = hidden.shape
         if block > self.max_span or (block % self.rate and block + self.rate - 1 > self.max_span):
             raise ValueError(
-                f"model.max_span={self.max_span} is too short for blocks of {block} timesteps: what leaves it must have "
-                f"been there before the block; use model.max_span >= {block + self.rate - 1} or shorter blocks"
+                f"model.max_span={self.max_span} is too short for blocks of {block} timesteps, since what is pooled "
+                f"must be older than the block; use model.max_span >= {block + self.rate - 1} or shorter blocks"
             )
         groups = -(-block // self.rate)  # at most
         oldest = (time[0] + self.rate - 1) // self.rate * self.rate - self.max_span  # the first group's oldest state

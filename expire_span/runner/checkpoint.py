@@ -13,7 +13,7 @@ NAMES = ("checkpoint.pt", "checkpoint_previous.pt")
 
 
 def save(folder: Path, content: dict[str, Any]) -> None:
-    """Replace the checkpoint; the one before it stays as checkpoint_previous.pt. Raises OSError where it does not fit."""
+    """Replace the checkpoint; the one before it stays beside it. Raises OSError where it does not fit on the disk."""
     current, previous = (folder / name for name in NAMES)
     part = folder / "checkpoint.pt.part"
     try:
@@ -23,9 +23,10 @@ def save(folder: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch reports a full disk as either
         part.unlink(missing_ok=True)
+        why = str(error).splitlines()[0]
         raise OSError(
-            f"the checkpoint of update {content['update']} could not be written to {folder} ({str(error).splitlines()[0]}); "
-            f"the one before it is kept: make room, then continue with `expire-span resume={folder}`"
+            f"the checkpoint of update {content['update']} could not be written to {folder} ({why}); the one before it "
+            f"is kept: make room, then go on with expire-span resume={folder}"
         ) from None
     if current.exists():
         os.replace(current, previous)
@@ -42,7 +43,8 @@ def load(folder: Path) -> dict[str, Any] | None:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file provokes
-            log.warning("%s cannot be read (%s); trying the one before it", path, str(error).splitlines()[0])
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            log.warning(f"{path} cannot be read ({why[:100]}); trying the one before it")
     if found:
         raise ValueError(f"no checkpoint in {folder} can be read; remove {' and '.join(map(str, found))} to start anew")
     return None

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
@@ -48,11 +48,11 @@ def train(config: DictConfig, folder: Path) -> Figures:
     with reporting(training) as report, stop_signal() as stopped:
         while training.update < config.train.updates:
             train_update(training)
-            if training.update % config.run.log_every == 0:
+            last = training.update == config.train.updates
+            if last or training.update % config.run.log_every == 0:
                 report(interval(training))
             if training.update % (config.evaluation.every or math.inf) == 0:
                 report(evaluate(training.forward, training.task, "valid", config, training.device))
-            last = training.update == config.train.updates
             if last or stopped.is_set() or training.update % config.run.checkpoint_every == 0:
                 training.save()
             if stopped.is_set() and not last:
@@ -119,6 +119,8 @@ def evaluate(model: Any, task: Any, split: str, config: DictConfig, device: torc
         answers.add(scores, batch)
         del figures["span_loss"]
         meter.add(figures)
+    if not answers.counts[0]:
+        log.warning(f"nothing is asked in the first {settings.blocks} blocks of {split}: raise evaluation.blocks")
     figures = answers.figures(task.measure, bytes_per_token(task, split)) | meter.means()
     return {f"{split}/{name}": figure for name, figure in figures.items()}
 
@@ -229,8 +231,7 @@ def protocol(
     config: DictConfig, task: Any, device: torch.device, update: int, blocks: int, figures: Figures
 ) -> dict[str, Any]:
     """A run's figures and what gave them."""
-    settings = OmegaConf.to_container(config)
-    settings.pop("wandb")  # type: ignore[union-attr]
+    plain = cast(dict[str, Any], OmegaConf.to_container(config))
     return {
         "finished": update >= config.train.updates,
         "task": config.task["_target_"].split(".")[-2],
@@ -240,6 +241,7 @@ def protocol(
         "protocol": {
             "splits": list(config.splits),
             "updates": update,
+            "blocks": blocks,
             "tokens": blocks * config.train.batch * config.train.block,
             "batch": config.train.batch,
             "block": config.train.block,
@@ -252,5 +254,5 @@ def protocol(
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "precision": config.run.precision,
         },
-        "config": settings,
+        "config": {key: value for key, value in plain.items() if key != "wandb"},
     }

@@ -3,10 +3,12 @@
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -14,9 +16,21 @@ from .loop import evaluate_run, train
 from .record import lock
 from .settings import checked
 
+FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's
+
 
 @hydra.main(config_path="pkg://expire_span.conf", config_name="config", version_base="1.3")
 def run(config: DictConfig) -> float:
+    """One job. In a sweep a failing one raises, and the others go on; alone it ends the process with one line."""
+    try:
+        return job(config)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        end(error)
+
+
+def job(config: DictConfig) -> float:
     """Train, or evaluate, in Hydra's folder for this job. Returns the task's figure on the last split, for sweepers."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -27,6 +41,8 @@ def run(config: DictConfig) -> float:
             figures = evaluate_run(config, source, folder)
     else:
         config = checked(config)
+        if config.wandb.group is None and hydra_config.mode == RunMode.MULTIRUN:
+            config.wandb.group = Path(hydra_config.sweep.dir).name
         with lock(folder):
             figures = train(config, folder)
     for name, figure in figures.items():
@@ -63,20 +79,29 @@ def resumed(arguments: list[str]) -> list[str]:
     if not path.exists():
         raise FileNotFoundError(f"resume={run_folder} is not a run folder: it has no .hydra/overrides.yaml")
     others = [argument for argument in arguments if argument not in given]
-    before = [each for each in OmegaConf.load(path) if each.partition("=")[0] not in {o.partition("=")[0] for o in others}]
+    changed_keys = {each.partition("=")[0] for each in others}
+    before = [str(each) for each in OmegaConf.load(path)]
+    before = [each for each in before if each.partition("=")[0] not in changed_keys]
     return [*before, *others, f"hydra.run.dir={run_folder}"]
 
 
 def main() -> None:
     """The console command. Bad input ends it with one line; HYDRA_FULL_ERROR=1 shows where it was found."""
-    everything = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra itself prints what it caught, and ends
     try:
         sys.argv[1:] = resumed(sys.argv[1:])
         run()
     except Exception as error:
-        while error.__cause__ is not None and isinstance(error, HydraException):
-            error = error.__cause__  # type: ignore[assignment]
-        if everything or not isinstance(error, (ValueError, OSError, HydraException, OmegaConfBaseException)):
-            raise
-        sys.exit("error: " + " ".join(str(error).split()))
+        end(error)
+
+
+def end(error: Exception) -> NoReturn:
+    """Bad input ends the process with one line; anything else is a bug, and keeps its trace."""
+    while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # what the constructor said
+    if FULL_ERROR or not isinstance(error, (ValueError, OSError, HydraException, OmegaConfBaseException)):
+        raise error
+    message = " ".join(str(error).split())
+    if message.startswith("Could not override"):
+        message = message.split(". ")[0] + ": there is no such key; `expire-span --cfg job` prints those there are"
+    sys.exit(f"error: {message}")

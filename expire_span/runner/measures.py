@@ -46,6 +46,12 @@ class Meter:
         return means
 
 
+def loss_of(scores: Tensor, batch: Batch, reduction: str = "mean") -> Tensor:
+    """Nats, over the targets that are asked for. scores (B, T, classes), of which bfloat16 is too coarse for a loss."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).flatten(0, 1)
+    return cross_entropy(scores, batch.targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+
+
 def judged(scores: Tensor, batch: Batch, per_block: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Which answers are right, which are asked for, and how far back each lies: (B, T), or (B,) per block.
 
@@ -71,10 +77,7 @@ class Answers:
     def add(self, scores: Tensor, batch: Batch) -> None:
         """scores (B, T, classes)."""
         right, asked, distance = judged(scores, batch, self.per_block)
-        losses = cross_entropy(
-            scores.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        self.nats += losses
+        self.nats += loss_of(scores, batch, reduction="sum")
         self.counts += torch.stack([(batch.targets != IGNORED).sum(), asked.sum(), (right & asked).sum()])
         if distance is not None:
             place = distance.clamp(min=1).float().log2().long()
@@ -108,7 +111,7 @@ def in_terms_of(measure: str, loss: float, accuracy: float, bytes_per_token: flo
 
 
 class Stopwatch:
-    """Milliseconds between start and stop, summed: device events on CUDA, so that queued work counts where it is done."""
+    """Milliseconds between starts and stops: by device events on CUDA, since work is only queued from here."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -145,7 +148,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """CUDA: most bytes allocated and reserved. Elsewhere the peak resident size of the process, named as such. In GB."""
+    """In GB. CUDA: most bytes allocated and reserved; elsewhere the peak resident size of the process, named so."""
     if device.type == "cuda":
         return {
             "perf/peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9,

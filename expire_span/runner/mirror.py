@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -55,7 +55,7 @@ def start(config: DictConfig, name: str, run_id: str) -> Any:
         name=name,
         id=run_id,
         resume="allow",
-        config=OmegaConf.to_container(config, resolve=True),
+        config=cast(dict[str, Any], OmegaConf.to_container(config)),
         settings=wandb.Settings(silent=True),
     )
 

@@ -1,7 +1,9 @@
 """The door: every key of the config is known and has the type that its reader declares, before any work starts."""
 
 import inspect
+from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from functools import partial
 from typing import Any, Union, get_args, get_type_hints
 
 from hydra.utils import get_class
@@ -87,9 +89,9 @@ AT_LEAST = {
 
 
 def checked(config: DictConfig) -> DictConfig:
-    """The config with every interpolation resolved. Raises ValueError, in one line, at the first key that is not right."""
+    """The config with every interpolation resolved. Raises ValueError at the first key that is not right."""
     try:
-        config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+        config = DictConfig(OmegaConf.to_container(config, resolve=True))
     except InterpolationResolutionError as error:
         raise ValueError(f"{error.full_key}: {first_line(error)}") from None
     missing = sorted(OmegaConf.missing_keys(config))
@@ -134,7 +136,7 @@ def signature_schema(name: str, section: Any) -> type:
         target = get_class(section["_target_"])
     except Exception:
         raise ValueError(f"{name}._target_ must name a class that can be imported, got {name}={section}") from None
-    hints = get_type_hints(target.__init__)
+    hints = get_type_hints(target.__init__)  # type: ignore[misc]
     parameters = inspect.signature(target).parameters
     arguments = {key: (hints.get(key, Any), each.default) for key, each in parameters.items() if key != "params"}
     return make_schema(name, {key: (without_tensor(kind), default) for key, (kind, default) in arguments.items()})
@@ -146,16 +148,16 @@ def without_tensor(kind: Any) -> Any:
 
 
 def make_schema(name: str, arguments: dict[str, tuple[Any, Any]]) -> type:
-    """A dataclass of name: (type, default); of any type where a config cannot hold it, so that its constructor judges."""
+    """A dataclass of name: (type, default). Where a config cannot hold the type its constructor is left to judge."""
     made = []
     for key, (kind, default) in arguments.items():
         needed = default in (MISSING, inspect.Parameter.empty)
-        entry = (key, kind, field(default_factory=lambda value="???" if needed else default: value))
+        value = field(default_factory=partial(copy, "???" if needed else default))
         try:
-            OmegaConf.structured(make_dataclass(name, [entry]))
+            OmegaConf.structured(make_dataclass(name, [(key, kind, value)]))
         except OmegaConfBaseException:
-            entry = (key, Any, entry[2])
-        made.append(entry)
+            kind = Any
+        made.append((key, kind, value))
     return make_dataclass(name, made)
 
 

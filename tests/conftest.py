@@ -1,0 +1,8 @@
+"""Every test: one thread, so that timings and sums do not depend on the machine; no network, no account."""
+
+import os
+
+import torch
+
+torch.set_num_threads(1)
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}

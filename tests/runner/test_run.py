@@ -1,0 +1,289 @@
+"""A run from end to end: what it leaves, how it goes on, and what it does with bad luck."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import SHRUNK, TASKS, tiny
+
+from expire_span.runner import checkpoint
+from expire_span.runner.loop import evaluate, train
+from expire_span.runner.record import read_metrics
+from expire_span.runner.training import Training
+
+MODELS = ("trans_xl", "adaptive_span", "compressive", "expire_span")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{number} bottles of beer on the wall, {number} bottles. " for number in range(300)))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+def command(*overrides, folder, cwd=None, **more):
+    """The console command in a process of its own."""
+    arguments = [sys.executable, "-m", "expire_span", *overrides, f"hydra.run.dir={folder}"]
+    return subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, timeout=120, check=False, **more)
+
+
+def losses(folder):
+    return {row["update"]: row["train/loss"] for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row}
+
+
+def test_a_run_leaves_figures_protocol_and_a_checkpoint(folder):
+    figures = train(tiny(), folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["figures"]["test/accuracy"] == figures["test/accuracy"]
+    assert {"commit", "versions", "command"} <= set(summary)
+    assert summary["protocol"]["tokens"] == 4 * 16 * summary["protocol"]["blocks"]
+    assert (folder / "checkpoint.pt").exists()
+    row = read_metrics(folder / "metrics.jsonl")[0]
+    expected = {"train/loss", "train/accuracy", "memory/size", "memory/size_layer_1", "memory/span", "memory/bytes"}
+    assert expected | {"perf/ms_per_batch", "perf/tokens_per_second", "perf/peak_resident_gb"} <= set(row)
+
+
+@pytest.mark.parametrize("task", ["copy", "collision", "text"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_stopped_run_goes_on_to_the_same_losses_bit_for_bit(model, task, tmp_path, text, monkeypatch):
+    monkeypatch.setenv("EXPIRE_SPAN_CACHE", str(tmp_path / "cache"))
+    dropout = ["transformer.dropout=0.1", "memory.random_drop=true"]
+    config = tiny(f"model={model}", "train.updates=6", *dropout, task=task, text=text)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for each in (whole, halves):
+        each.mkdir()
+    train(config, whole)
+    stopped = Training(config, halves)
+    for _ in range(3):  # in the middle of a logging interval
+        step(stopped)
+    stopped.save()
+    train(config, halves)
+    assert losses(halves) == {update: loss for update, loss in losses(whole).items() if update > 2}
+    ends = [checkpoint.load(each) for each in (whole, halves)]
+    for name, weight in ends[0]["model"].items():
+        assert torch.equal(weight, ends[1]["model"][name]), name
+
+
+def step(training):
+    from expire_span.runner.loop import interval, train_update
+
+    train_update(training)
+    if training.update % training.config.run.log_every == 0:
+        interval(training)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64"])
+def test_every_precision_trains_with_spans_of_at_least_float32(precision, folder):
+    training = Training(tiny(f"run.precision={precision}"), folder)
+    step(training)
+    assert math.isfinite(training.meter.values()["train/loss"][0])
+    width = torch.float64 if precision == "float64" else torch.float32
+    assert training.model.layers[0].memory.bias.grad is None  # zeroed
+    assert {parameter.dtype for parameter in training.model.parameters()} == {width}
+    assert training.state["layers"][0].time.dtype == torch.int64
+
+
+def test_accumulated_blocks_give_the_gradient_of_their_mean(folder, text):
+    """One update over two blocks of sgd is the mean of what each block alone would give."""
+    sgd = ["optimiser._target_=torch.optim.SGD", "optimiser.lr=1.0", "schedule.warmup=0", "train.clip=null"]
+    config = tiny(*sgd, "train.accumulate=2", "run.precision=float64", task="text", text=text)
+    together, apart = Training(config, folder), Training(config, folder)
+    before = [parameter.detach().clone() for parameter in together.model.parameters()]
+    step(together)
+    apart.config.train.accumulate = 1
+    moves = []
+    for _ in range(2):
+        step(apart)
+        moves.append([p.detach() - b for p, b in zip(apart.model.parameters(), before, strict=True)])
+        with torch.no_grad():
+            for parameter, old in zip(apart.model.parameters(), before, strict=True):
+                parameter.copy_(old)
+    for parameter, old, one, two in zip(together.model.parameters(), before, *moves, strict=True):
+        assert torch.allclose(parameter - old, (one + two) / 2, atol=1e-12)
+
+
+def test_blocks_in_which_nothing_is_asked_cost_no_update(folder):
+    training = Training(tiny("task.first_distance=64"), folder)
+    step(training)
+    assert training.update == 1
+    assert training.blocks == 4
+    assert training.state["now"].item() == 64
+
+
+def test_evaluation_in_other_batches_gives_the_same_figures_on_aligned_episodes(folder):
+    training = Training(tiny("run.precision=float64"), folder)
+    figures = []
+    for batch in (4, 8):
+        training.config.evaluation.batch, training.config.evaluation.blocks = batch, None
+        figures.append(evaluate(training.model, training.task, "test", training.config, training.device))
+    assert figures[0]["test/loss"] == pytest.approx(figures[1]["test/loss"], rel=1e-12)
+    assert figures[0]["test/accuracy"] == figures[1]["test/accuracy"]
+    assert figures[0]["test/memory/size"] == pytest.approx(figures[1]["test/memory/size"], rel=1e-6)
+
+
+def test_text_is_scored_in_bits_per_byte(folder, text):
+    figures = train(tiny("train.updates=2", "evaluation.blocks=null", task="text", text=text), folder)
+    assert figures["test/bpb"] == pytest.approx(figures["test/loss"] / math.log(2))
+
+
+def test_nan_ends_the_run_with_its_update_and_keeps_the_last_good_checkpoint(folder):
+    config = tiny("train.updates=20", "run.checkpoint_every=1", "run.log_every=10")
+    training = Training(config, folder)
+    for _ in range(2):
+        step(training)
+    training.save()
+    with torch.no_grad():
+        training.model.output.bias.fill_(math.nan)
+    step(training)
+    with pytest.raises(ValueError, match="the loss is nan at update 3"):
+        training.save()
+    content = checkpoint.load(folder)
+    assert content["update"] == 2
+    assert all(weight.isfinite().all() for weight in content["model"].values())
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(folder):
+    config = tiny()
+    train(config, folder)  # saved at updates 2 and 4
+    path = folder / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    training = Training(config, folder)
+    assert training.restore()
+    assert training.update == 2
+    (folder / "checkpoint_previous.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint in .* can be read"):
+        Training(config, folder).restore()
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder):
+    train(tiny(), folder)
+    with pytest.raises(ValueError, match="holds a checkpoint of another model .*memory"):
+        train(tiny("model=trans_xl"), folder)
+
+
+def test_a_full_disk_costs_only_the_checkpoint_being_written(folder):
+    """The file size limit stands in for the disk: writing beyond it fails in the same way."""
+    config = tiny()
+    training = Training(config, folder)
+    step(training)
+    training.save()
+    step(training)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="the checkpoint of update 2 could not be written .* make room"):
+            training.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert checkpoint.load(folder)["update"] == 1
+    assert not list(folder.glob("*.part"))
+
+
+def test_evaluating_a_run_folder_gives_the_figures_that_training_ended_with(folder, tmp_path):
+    overrides = ["task=copy", "memory.max_span=32", *SHRUNK, *TASKS["copy"]]
+    trained = command(*overrides, folder=folder)
+    assert trained.returncode == 0, trained.stderr
+    again = command(f"evaluate={folder}", "splits=[test]", folder=tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    first, second = (json.loads((each / "summary.json").read_text()) for each in (folder, tmp_path / "again"))
+    assert first["figures"]["test/loss"] == second["figures"]["test/loss"]
+    farther = command(f"evaluate={folder}", "task.distance=128", "evaluation.blocks=null", folder=tmp_path / "farther")
+    assert farther.returncode == 0, farther.stderr
+    assert "test/accuracy_distance_64_128" in json.loads((tmp_path / "farther" / "summary.json").read_text())["figures"]
+
+
+def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(tmp_path):
+    overrides = ["-m", "model=trans_xl,expire_span", "seed=1,2", *SHRUNK, *TASKS["copy"], "memory.max_span=32"]
+    swept = command(*overrides, f"hydra.sweep.dir={tmp_path}/sweep", folder=tmp_path / "unused")
+    assert swept.returncode == 0, swept.stderr
+    summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/summary.json"))]
+    assert [(each["model"], each["config"]["seed"]) for each in summaries] == [
+        ("TransXL", 1),
+        ("TransXL", 2),
+        ("ExpireSpan", 1),
+        ("ExpireSpan", 2),
+    ]
+
+
+def test_a_killed_run_resumes_from_the_command_line_to_the_same_losses(tmp_path):
+    overrides = ["memory.max_span=32", *SHRUNK, *TASKS["copy"], "train.updates=400", "run.log_every=1"]
+    folder = tmp_path / "killed"
+    arguments = [sys.executable, "-m", "expire_span", *overrides, f"hydra.run.dir={folder}"]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(folder / "metrics.jsonl", lines=20)
+        process.kill()
+    assert not (folder / "summary.json").exists()
+    resumed = command(f"resume={folder}", "train.updates=60", folder=folder)
+    assert resumed.returncode == 0, resumed.stderr
+    straight = command(*overrides, "train.updates=60", folder=tmp_path / "straight")
+    assert straight.returncode == 0, straight.stderr
+    ours, theirs = losses(folder), losses(tmp_path / "straight")
+    assert len(theirs) == 60
+    assert ours == theirs
+
+
+def wait_for(path: Path, lines: int) -> None:
+    deadline = time.time() + 60
+    while not path.exists() or len(path.read_text().splitlines()) < lines:
+        assert time.time() < deadline, f"{path} has not {lines} lines after a minute"
+        time.sleep(0.05)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    folder = tmp_path / "run"
+    overrides = ["memory.max_span=32", *SHRUNK, *TASKS["copy"], "train.updates=100000", "run.checkpoint_every=100000"]
+    arguments = [sys.executable, "-m", "expire_span", *overrides, f"hydra.run.dir={folder}"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(folder / "metrics.jsonl", lines=2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert f"expire-span resume={folder}" in errors
+    assert checkpoint.load(folder)["update"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["modle=trans_xl"], "modle"),
+        (["train.updates=many"], "train.updates: Value 'many'"),
+        (["task=text", "task.path=nowhere.txt"], "task.path=nowhere.txt does not exist"),
+        (["evaluate=nowhere"], "nowhere is not a run folder"),
+        (["resume=nowhere"], "nowhere is not a run folder"),
+        (["run.device=tpu"], "run.device=tpu is not on this machine"),
+        (["model=compressive", "model.max_span=8"], "model.max_span=8 is too short for blocks of 32"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_that_names_the_value(overrides, words, tmp_path):
+    result = command(*overrides, "wandb.mode=disabled", folder=tmp_path / "run", cwd=tmp_path)
+    assert result.returncode == 1
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+
+
+def test_a_run_folder_in_use_is_refused(folder):
+    from expire_span.runner.record import lock
+
+    with lock(folder):
+        result = command("wandb.mode=disabled", folder=folder)
+    assert result.returncode == 1
+    assert f"in use by process {os.getpid()}" in result.stderr
