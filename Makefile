@@ -1,4 +1,4 @@
-# make demo   train four models' worth of memory on a laptop: three runs, a table and a picture
+# make demo   three models on a laptop's CPU, a table and a picture of them
 # make test   the test suite          make test-slow   the training checks, minutes each
 # make check  ruff and mypy           make clean       remove what these made
 #
@@ -17,7 +17,9 @@ setup: .venv/ready
 	  then echo "using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages .venv; \
 	  else $(PYTHON) -m venv .venv; fi
 	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> .venv/constraints.txt
+	$(BIN)/python -m pip install -q -c .venv/constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: setup

@@ -30,7 +30,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "numpy", "hydra-core", "expire-span", "triton")
+PACKAGES = ("numpy", "hydra-core", "expire-span", "triton")
 DIFF_LIMIT = 5 * 2**20  # bytes
 
 
@@ -61,6 +61,7 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
+    found["torch"] = str(torch.__version__)  # with its local tag, which says whose build it is
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found

@@ -31,10 +31,13 @@ SHRUNK = [
 TASKS = {  # smaller data for each
     "copy": ["task.distance=64", "task.first_distance=32", "task.episodes=8"],
     "collision": [
+        "task.grid=4",
+        "task.colours=2",
         "task.timesteps=4096",
         "task.evaluation_timesteps=1024",
         "task.worlds=4",
         "task.evaluation_worlds=4",
+        "evaluation.blocks=32",
     ],
 }
 
