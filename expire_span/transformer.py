@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,11 @@ class Transformer(nn.Module):
         self.farthest_drop = max(each.max_span if each.random_drop else 0 for each in memory)  # L of the random drop
         nn.init.normal_(self.embedding.weight, std=size**-0.5)
         nn.init.normal_(self.position)
+
+    @property
+    def mechanisms(self) -> list[Mechanism]:
+        """One a layer."""
+        return [cast(Layer, layer).memory for layer in self.layers]
 
     def initial_state(self, samples: int) -> State:
         """No memories yet, at timestep 0."""

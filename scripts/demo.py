@@ -17,7 +17,7 @@ from expire_span.analysis import spans_over_time
 from expire_span.runner.build import build_model
 from expire_span.runner.checkpoint import load
 from expire_span.runner.main import saved_config
-from expire_span.runner.report import Run, load_runs, table
+from expire_span.runner.report import Run, load_runs
 from expire_span.runner.training import load_weights
 
 COLOURS = {"Expire-Span": "#d1495b", "Transformer-XL, same memory": "#8d99ae", "Transformer-XL, all": "#2b6777"}
@@ -33,20 +33,32 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
 
 def wait(processes: dict[str, subprocess.Popen], folder: Path) -> None:
     """Until they end; meanwhile, once in a while, how far each is."""
-    said = ""
+    said: dict[str, str] = {}
     while any(process.poll() is None for process in processes.values()):
         time.sleep(1)
-        for name, process in processes.items():
-            lines = [line for line in (folder / name / "output.txt").read_text().splitlines() if "update" in line]
-            if process.poll() is None and lines and lines[-1] != said and lines[-1].split(":")[0].endswith("00"):
-                said = lines[-1]
-                print(f"  {name:14} {said}", flush=True)
+        for name in processes:
+            lines = (folder / name / "output.txt").read_text().splitlines()
+            hundreds = [line for line in lines if line.startswith("update") and "00: train" in line]
+            if hundreds and said.get(name) != hundreds[-1]:
+                said[name] = hundreds[-1]
+                print(f"  {name:14} {hundreds[-1]}", flush=True)
     for name, process in processes.items():
         if process.returncode:
             sys.exit(f"{name} failed:\n{(folder / name / 'output.txt').read_text()}")
 
 
-def draw(folder: Path, runs: dict[str, Run], steps: int = 512) -> None:
+def small_table(runs: dict[str, Run]) -> str:
+    rows = ["| model | copied right, test | memory size | state of a stream | ms per batch | peak memory, process |"]
+    rows.append("| --- | --- | --- | --- | --- | --- |")
+    for name, run in runs.items():
+        figures = run.figures
+        right, size, state = (figures[f"test/{each}"] for each in ("accuracy", "memory/size", "memory/bytes"))
+        speed, peak = figures["perf/ms_per_batch"], figures["perf/peak_resident_gb"]
+        rows.append(f"| {name} | {right:.1%} | {size:.1f} | {state / 1000:.1f} kB | {speed:.0f} | {peak:.2f} GB |")
+    return "\n".join(rows) + "\n"
+
+
+def draw(folder: Path, runs: dict[str, Run]) -> None:
     """Left, who remembers how far; right, what Expire-Span keeps of one episode."""
     import matplotlib
 
@@ -54,24 +66,26 @@ def draw(folder: Path, runs: dict[str, Run], steps: int = 512) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    for name, run in runs.items():
-        bins = [(key, value) for key, value in run.figures.items() if key.startswith("test/accuracy_distance_")]
-        far = [int(key.split("_")[-1]) for key, _ in bins]
-        left.plot(far, [100 * value for _, value in bins], "o-", color=COLOURS[name],
-                  label=f"{name}: {run.figures['test/memory/size']:.0f} memories")  # fmt: skip
+    for (name, run), line in zip(runs.items(), ("o-", "o-", "o:"), strict=True):
+        bins = {key: value for key, value in run.figures.items() if key.startswith("test/accuracy_distance_")}
+        far = [int(key.split("_")[-1]) for key in bins]
+        memories = f"{run.figures['test/memory/size']:.0f} memories"
+        left.plot(far, [100 * value for value in bins.values()], line, color=COLOURS[name], label=f"{name}: {memories}")
     left.axhline(25, color="grey", linestyle=":", linewidth=1)
-    left.text(2, 27, "guessing", color="grey", fontsize=8)
-    left.set(xscale="log", xlabel="the A's are at most so many timesteps back", ylabel="copied right, %", ylim=(0, 104))
-    left.set_xticks(far, [str(each) for each in far], minor=False)
+    left.text(13, 27, "guessing", color="grey", fontsize=8)
+    left.set(xscale="log", xlim=(12, 1.2 * far[-1]), ylim=(0, 104), title="Who remembers how far")
+    left.set(xlabel="timesteps back to the A's, at most", ylabel="copied right, %")
+    left.set_xticks([each for each in far if each >= 16], [str(each) for each in far if each >= 16])
     left.minorticks_off()
     left.legend(loc="lower left", fontsize=8, frameon=False)
 
     spans, tokens = episode(folder / "expire_span")
     for layer, (span, shade) in enumerate(zip(spans, ("#edae49", "#d1495b"), strict=False)):
-        right.plot(span, linewidth=1, color=shade, label=f"layer {layer + 1}")
+        right.plot(span, linewidth=1.2, color=shade, label=f"layer {layer}")
     for place in (tokens == 0).nonzero().flatten().tolist():
         right.axvline(place, color="#2b6777", linewidth=0.8, alpha=0.4)
-    right.set(xlabel="timestep of an episode (blue: the A's)", ylabel="span given to it, timesteps", xlim=(0, steps))
+    right.set(title="What Expire-Span keeps", xlim=(0, len(tokens)))
+    right.set(xlabel="timestep of one episode (blue: the A's, and their copy)", ylabel="span given to it, timesteps")
     right.legend(fontsize=8, frameon=False)
     figure.savefig(folder / "copy.png", dpi=130)
 
@@ -101,7 +115,7 @@ def main() -> None:
     folder, common = arguments.folder, [f"seed={arguments.seed}", *arguments.overrides]
     began = time.time()
 
-    print("Copy: how many A's were there, up to 500 timesteps ago? Three models learn it.")
+    print("Copy: how many A's were there, up to 250 timesteps ago? Three models learn it, two at a time.")
     processes = {
         "expire_span": start(folder / "expire_span", "model=expire_span", *common),
         "trans_xl_all": start(folder / "trans_xl_all", "model=trans_xl", *common),
@@ -112,12 +126,13 @@ def main() -> None:
     processes["trans_xl_same"] = start(folder / "trans_xl_same", "model=trans_xl", f"model.max_span={same}", *common)
     wait(processes, folder)
 
-    runs = load_runs([folder / name for name in ("expire_span", "trans_xl_same", "trans_xl_all")])
-    text = table(runs)
+    found = load_runs([folder / name for name in ("expire_span", "trans_xl_same", "trans_xl_all")])
+    runs = dict(zip(COLOURS, found, strict=True))
+    text = small_table(runs)
     (folder / "table.md").write_text(text)
-    draw(folder, dict(zip(COLOURS, runs, strict=True)))
-    print(f"\n{text}\n{folder / 'copy.png'} shows who remembers how far, and what is kept.", end=" ")
-    print(f"It took {(time.time() - began) / 60:.1f} minutes.")
+    draw(folder, runs)
+    print(f"\n{text}\n{folder / 'copy.png'} shows who remembers how far, and what is kept: look at it.")
+    print(f"That took {(time.time() - began) / 60:.1f} minutes. `expire-span-report {folder}` has all the figures.")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch.optim import Optimizer
 
-from ..memory import Mechanism
 from ..transformer import Transformer, TransformerConfig
 
 
@@ -47,8 +46,7 @@ def build_model(config: DictConfig, task: Any, device: torch.device) -> Transfor
 
 def build_optimiser(config: DictConfig, model: Transformer) -> Optimizer:
     """The config's optimiser; the spans' own parameters are a group with their own rate."""
-    mechanisms = [module for module in model.modules() if isinstance(module, Mechanism)]
-    spans = [parameter for mechanism in mechanisms for parameter in mechanism.parameters()]
+    spans = [parameter for mechanism in model.mechanisms for parameter in mechanism.parameters()]
     others = [parameter for parameter in model.parameters() if all(parameter is not span for span in spans)]
     rate = config.optimiser.lr
     groups = [{"params": others, "lr": rate}]

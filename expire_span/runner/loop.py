@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from expire_span.tasks.stream import IGNORED, Batch
 
+from ..transformer import Transformer
 from . import checkpoint
 from .build import build_model, precision, prepare
 from .measures import Answers, Meter, in_terms_of, peak_memory, reset_peak_memory
@@ -61,7 +62,8 @@ def train(config: DictConfig, folder: Path) -> Figures:
         for split in config.splits:
             figures |= evaluate(training.forward, training.task, split, config, training.device)
         report(figures)
-    write_summary(folder, summary(training, figures) | origin)
+    model, task, device = training.model, training.task, training.device
+    write_summary(folder, protocol(config, task, model, device, training.update, training.blocks, figures) | origin)
     return figures
 
 
@@ -140,7 +142,8 @@ def evaluate_run(config: DictConfig, run: Path, folder: Path) -> Figures:
         figures |= evaluate(model, task, split, config, device)
     figures |= peak_memory(device)
     append_metrics(folder / "metrics.jsonl", {"update": content["update"], **figures})
-    write_summary(folder, protocol(config, task, device, content["update"], content["blocks"], figures) | provenance())
+    summary = protocol(config, task, model, device, content["update"], content["blocks"], figures)
+    write_summary(folder, summary | provenance())
     return figures
 
 
@@ -223,25 +226,20 @@ def stop_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def summary(training: Training, figures: Figures) -> dict[str, Any]:
-    return protocol(training.config, training.task, training.device, training.update, training.blocks, figures)
-
-
 def protocol(
-    config: DictConfig, task: Any, device: torch.device, update: int, blocks: int, figures: Figures
+    config: DictConfig, task: Any, model: Transformer, device: torch.device, update: int, blocks: int, figures: Figures
 ) -> dict[str, Any]:
-    """A run's figures and what gave them."""
+    """A run's figures and what gave them. Task and model go by the names of their files."""
     plain = cast(dict[str, Any], OmegaConf.to_container(config))
     return {
         "finished": update >= config.train.updates,
-        "task": config.task["_target_"].split(".")[-2],
-        "model": config.model["_target_"].split(".")[-1],
+        "task": type(task).__module__.split(".")[-1],
+        "model": type(model.mechanisms[0]).__module__.split(".")[-1],
         "measure": task.measure,
         "figures": figures,
         "protocol": {
             "splits": list(config.splits),
             "updates": update,
-            "blocks": blocks,
             "tokens": blocks * config.train.batch * config.train.block,
             "batch": config.train.batch,
             "block": config.train.block,

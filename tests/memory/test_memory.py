@@ -177,7 +177,8 @@ def test_spans_start_at_init_and_stay_float32_under_bfloat16():
 
 def test_random_drop_hides_far_memories_in_training_only_and_deletes_none(tokens):
     model = model_of("expire_span")
-    dropping = Transformer(model.config, [ExpireSpan(12, 60, 3.0, 0.1, 16, random_drop=True) for _ in range(2)]).double()
+    memory = [ExpireSpan(12, 60, 3.0, 0.1, positions=16, random_drop=True) for _ in range(2)]
+    dropping = Transformer(model.config, memory).double()
     dropping.load_state_dict(model.state_dict())
     with torch.no_grad():
         _, state, _ = run_in_blocks(model, tokens, 16)

@@ -51,7 +51,7 @@ def test_a_run_leaves_figures_protocol_and_a_checkpoint(folder):
     assert summary["finished"]
     assert summary["figures"]["test/accuracy"] == figures["test/accuracy"]
     assert {"commit", "versions", "command"} <= set(summary)
-    assert summary["protocol"]["tokens"] == 4 * 16 * summary["protocol"]["blocks"]
+    assert summary["protocol"]["tokens"] == 4 * 16 * checkpoint.load(folder)["blocks"]
     assert (folder / "checkpoint.pt").exists()
     row = read_metrics(folder / "metrics.jsonl")[0]
     expected = {"train/loss", "train/accuracy", "memory/size", "memory/size_layer_1", "memory/span", "memory/bytes"}
@@ -215,10 +215,10 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(tmp_path):
     assert swept.returncode == 0, swept.stderr
     summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/summary.json"))]
     assert [(each["model"], each["config"]["seed"]) for each in summaries] == [
-        ("TransXL", 1),
-        ("TransXL", 2),
-        ("ExpireSpan", 1),
-        ("ExpireSpan", 2),
+        ("trans_xl", 1),
+        ("trans_xl", 2),
+        ("expire_span", 1),
+        ("expire_span", 2),
     ]
 
 
