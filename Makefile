@@ -16,10 +16,12 @@ setup: .venv/ready
 	@test -x $(BIN)/python || if $(PYTHON) -c '$(SUITABLE)' 2>/dev/null; \
 	  then echo "using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages .venv; \
 	  else $(PYTHON) -m venv .venv; fi
-	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt torch
+	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || { echo "installing torch into .venv"; \
+	  $(BIN)/python -m pip install -q -c constraints.txt torch; }
 	@grep -v '^torch==' constraints.txt > .venv/constraints.txt
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> .venv/constraints.txt
-	$(BIN)/python -m pip install -q -c .venv/constraints.txt -e '.[dev]'
+	@echo "installing into .venv, which takes a minute or two"
+	@$(BIN)/python -m pip install -q -c .venv/constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: setup

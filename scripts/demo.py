@@ -31,20 +31,18 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=open(folder / "output.txt", "w"), stderr=subprocess.STDOUT)
 
 
-def wait(processes: dict[str, subprocess.Popen], folder: Path) -> None:
-    """Until they end; meanwhile, once in a while, how far each is."""
-    said: dict[str, str] = {}
-    while any(process.poll() is None for process in processes.values()):
+def wait(processes: list[subprocess.Popen], folder: Path, said: set[str]) -> None:
+    """Until they end; meanwhile, every 100 updates, how far each run is."""
+    while any(process.poll() is None for process in processes):
         time.sleep(1)
-        for name in processes:
-            lines = (folder / name / "output.txt").read_text().splitlines()
-            hundreds = [line for line in lines if line.startswith("update") and "00: train" in line]
-            if hundreds and said.get(name) != hundreds[-1]:
-                said[name] = hundreds[-1]
-                print(f"  {name:14} {hundreds[-1]}", flush=True)
-    for name, process in processes.items():
-        if process.returncode:
-            sys.exit(f"{name} failed:\n{(folder / name / 'output.txt').read_text()}")
+        for output in sorted(folder.glob("*/output.txt")):
+            for line in output.read_text().splitlines():
+                words = f"  {output.parent.name:14} {line}"
+                if line.startswith("update") and "00: train" in line and words not in said:
+                    said.add(words)
+                    print(words, flush=True)
+    if any(process.returncode for process in processes):
+        sys.exit(f"a run failed; {folder}/*/output.txt says why")
 
 
 def small_table(runs: dict[str, Run]) -> str:
@@ -116,15 +114,14 @@ def main() -> None:
     began = time.time()
 
     print("Copy: how many A's were there, up to 250 timesteps ago? Three models learn it, two at a time.")
-    processes = {
-        "expire_span": start(folder / "expire_span", "model=expire_span", *common),
-        "trans_xl_all": start(folder / "trans_xl_all", "model=trans_xl", *common),
-    }
-    wait({"expire_span": processes["expire_span"]}, folder)
+    said: set[str] = set()
+    first = start(folder / "expire_span", "model=expire_span", *common)
+    everything = start(folder / "trans_xl_all", "model=trans_xl", *common)
+    wait([first], folder, said)
     [expire] = load_runs([folder / "expire_span"])
     same = math.ceil(expire.figures["test/memory/size"])
-    processes["trans_xl_same"] = start(folder / "trans_xl_same", "model=trans_xl", f"model.max_span={same}", *common)
-    wait(processes, folder)
+    third = start(folder / "trans_xl_same", "model=trans_xl", f"model.max_span={same}", *common)
+    wait([everything, third], folder, said)
 
     found = load_runs([folder / name for name in ("expire_span", "trans_xl_same", "trans_xl_all")])
     runs = dict(zip(COLOURS, found, strict=True))

@@ -4,8 +4,9 @@ import logging
 import math
 import signal
 import statistics
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -33,11 +34,11 @@ log = logging.getLogger(__name__)
 Figures = dict[str, float]
 
 
-def train(config: DictConfig, folder: Path) -> Figures:
+def train(config: DictConfig, folder: Path, command: Sequence[str] = sys.argv) -> Figures:
     """Train to the end, from the folder's checkpoint if it has one; evaluate; leave a summary. Returns its figures."""
     training = Training(config, folder)
     resumed = training.restore()
-    origin = provenance()
+    origin = provenance(command)
     write_diff(folder)
     truncate_metrics(folder / "metrics.jsonl", training.update)
     reset_peak_memory(training.device)
@@ -127,7 +128,7 @@ def evaluate(model: Any, task: Any, split: str, config: DictConfig, device: torc
     return {f"{split}/{name}": figure for name, figure in figures.items()}
 
 
-def evaluate_run(config: DictConfig, run: Path, folder: Path) -> Figures:
+def evaluate_run(config: DictConfig, run: Path, folder: Path, command: Sequence[str] = sys.argv) -> Figures:
     """Evaluate the checkpoint of a run folder by its own config, perhaps changed; leave a summary in another folder."""
     device = prepare(config)
     content = checkpoint.load(run)
@@ -143,7 +144,7 @@ def evaluate_run(config: DictConfig, run: Path, folder: Path) -> Figures:
     figures |= peak_memory(device)
     append_metrics(folder / "metrics.jsonl", {"update": content["update"], **figures})
     summary = protocol(config, task, model, device, content["update"], content["blocks"], figures)
-    write_summary(folder, summary | provenance())
+    write_summary(folder, summary | provenance(command))
     return figures
 
 

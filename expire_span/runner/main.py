@@ -34,17 +34,19 @@ def job(config: DictConfig) -> float:
     """Train, or evaluate, in Hydra's folder for this job. Returns the task's figure on the last split, for sweepers."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    overrides = list(hydra_config.overrides.task)
+    command = ["expire-span", *overrides]  # of this job alone, whoever launched it
     if config.evaluate is not None:
         source = Path(config.evaluate)
-        config = checked(changed(saved_config(source), list(hydra_config.overrides.task)))
+        config = checked(changed(saved_config(source), overrides))
         with lock(folder):
-            figures = evaluate_run(config, source, folder)
+            figures = evaluate_run(config, source, folder, command)
     else:
         config = checked(config)
         if config.wandb.group is None and hydra_config.mode == RunMode.MULTIRUN:
             config.wandb.group = Path(hydra_config.sweep.dir).name
         with lock(folder):
-            figures = train(config, folder)
+            figures = train(config, folder, command)
     for name, figure in figures.items():
         print(f"{name:40} {figure:.5g}")
     return next(iter(figures.values()))
@@ -101,6 +103,8 @@ def end(error: Exception) -> NoReturn:
         error = error.__cause__  # what the constructor said
     if FULL_ERROR or not isinstance(error, (ValueError, OSError, HydraException, OmegaConfBaseException)):
         raise error
+    if isinstance(error, BrokenPipeError):  # of a reader that has seen enough, such as head
+        os._exit(1)
     message = " ".join(str(error).split())
     if message.startswith("Could not override"):
         message = message.split(". ")[0] + ": there is no such key; `expire-span --cfg job` prints those there are"

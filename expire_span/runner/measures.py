@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,9 @@ def reset_peak_memory(device: torch.device) -> None:
     """Peaks count from here on: the jobs of a sweep may share a process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak resident size becomes the present one
+    else:
+        with suppress(OSError):  # Linux: the peak resident size becomes the present one
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -43,11 +44,8 @@ def start(config: DictConfig, name: str, run_id: str) -> Any:
     import wandb  # takes a second, and a machine without a network may lack it
 
     settings = config.wandb
-    mode = settings.mode
-    if mode == "auto":
-        mode = "online" if wandb.login(prompt=False) else "offline"
-    return wandb.init(
-        mode=mode,
+    init = partial(
+        wandb.init,
         project=settings.project,
         entity=settings.entity,
         group=settings.group,
@@ -58,6 +56,14 @@ def start(config: DictConfig, name: str, run_id: str) -> Any:
         config=cast(dict[str, Any], OmegaConf.to_container(config)),
         settings=wandb.Settings(silent=True),
     )
+    if settings.mode != "auto":
+        return init(mode=settings.mode)
+    try:
+        if wandb.login(prompt=False):
+            return init(mode="online")
+    except Exception as error:
+        log.warning("W&B cannot be reached (%s); what `wandb sync` needs is kept here", error)
+    return init(mode="offline")
 
 
 def finish(run: Any, exit_code: int) -> None:
