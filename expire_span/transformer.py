@@ -144,6 +144,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, memory: Sequence[Mechanism]):
         super().__init__()
+        if not memory:
+            raise ValueError("memory must be one mechanism a layer, as [ExpireSpan(...) for _ in range(4)]; got none")
         self.config = config
         size = config.hidden_size
         self.embedding = nn.Embedding(config.vocabulary, size)

@@ -120,7 +120,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 def append_metrics(path: Path, row: Mapping[str, float]) -> None:
     """Add one line of numbers to metrics.jsonl."""
     line = json.dumps({key: _number(key, value) for key, value in row.items()}, allow_nan=False) + "\n"
-    with open(path, "a", encoding="utf-8") as file:
+    with _said(path), open(path, "a", encoding="utf-8") as file:
         file.write(line)
 
 
@@ -168,13 +168,26 @@ def _replace(path: Path, content: bytes) -> None:
     """Write a file so that a reader, a crash or a full disk meets the old content or the new, never a part."""
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
+        with _said(path), open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """A write that fails says which file, and what is not lost."""
+    try:
+        yield
+    except OSError as error:
+        folder = Path(path).parent
+        raise OSError(
+            f"{path} could not be written ({error.strerror}); the last checkpoint is kept: make room, then go on with "
+            f"expire-span resume={folder}"
+        ) from None
 
 
 # Who writes

@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,3 +236,11 @@ def test_a_killed_process_holds_nothing(tmp_path, holder):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
     with record.lock(tmp_path):
         pass
+
+
+def test_a_full_disk_is_said_with_the_file_and_the_way_on(tmp_path):
+    path = Path("/dev/full")
+    if not path.exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(OSError, match=r"/dev/full could not be written \(No space left on device\); .*resume=/dev"):
+        record.append_metrics(path, {"update": 1})
