@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, relu
 
 from .attention import fade, packed_span_attention, samples_of
+from .heads import AdaptiveSoftmax, Softmax
 from .memory.mechanism import Mechanism, memory_size, reached
 from .memory.packed import Memory, empty, select
 
@@ -20,6 +21,7 @@ class TransformerConfig:
     """The sizes of a Transformer; its depth is the number of memories that it is given.
 
     vocabulary         different input tokens; classes: different outputs (None: the vocabulary)
+    cutoffs            adaptive softmax and input: word numbers from which embeddings get smaller (None: all alike)
     dropout            share dropped of the attention weights and after the ReLU
     embedding_dropout  share dropped of the embeddings and of the last layer's output
     pre_norm           normalise what enters a sublayer; else what leaves it, after the residual
@@ -30,6 +32,7 @@ class TransformerConfig:
     heads: int
     feedforward_size: int
     classes: int | None = None
+    cutoffs: Sequence[int] | None = None
     dropout: float = 0.0
     embedding_dropout: float = 0.0
     pre_norm: bool = False
@@ -148,15 +151,20 @@ class Transformer(nn.Module):
             raise ValueError("memory must be one mechanism a layer, as [ExpireSpan(...) for _ in range(4)]; got none")
         self.config = config
         size = config.hidden_size
-        self.embedding = nn.Embedding(config.vocabulary, size)
+        if config.cutoffs is None:
+            self.embedding = nn.Embedding(config.vocabulary, size)
         self.position = nn.Parameter(torch.empty(max(each.positions for each in memory), size // config.heads))
         self.layers = nn.ModuleList(
             Layer(each, size, config.heads, config.feedforward_size, config.dropout, config.pre_norm) for each in memory
         )
         self.norm = nn.LayerNorm(size) if config.pre_norm else nn.Identity()
-        self.output = nn.Linear(size, config.vocabulary if config.classes is None else config.classes)
+        self.output: Softmax | AdaptiveSoftmax
+        if config.cutoffs is None:
+            self.output = Softmax(size, config.vocabulary if config.classes is None else config.classes)
+            nn.init.normal_(self.embedding.weight, std=size**-0.5)
+        else:
+            self.output = AdaptiveSoftmax(size, config.vocabulary, config.cutoffs)
         self.farthest_drop = max(each.max_span if each.random_drop else 0 for each in memory)  # L of the random drop
-        nn.init.normal_(self.embedding.weight, std=size**-0.5)
         nn.init.normal_(self.position)
 
     @property
@@ -169,20 +177,25 @@ class Transformer(nn.Module):
         now = torch.zeros((), dtype=torch.long, device=self.position.device)
         return {"now": now, "layers": [empty(samples, self.config.hidden_size, self.position) for _ in self.layers]}
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T, d), of tokens (B, T), of F fields a timestep (B, T, F), or of floating bags (B, T, vocabulary)."""
+        if tokens.is_floating_point():
+            return tokens @ self.embedding.weight
+        embedded = self.output.embed(tokens) if isinstance(self.output, AdaptiveSoftmax) else self.embedding(tokens)
+        return embedded if tokens.dim() == 2 else embedded.sum(2)
+
     def forward(
         self, tokens: Tensor, state: State, reach: Tensor | None = None
     ) -> tuple[Tensor, State, dict[str, Any]]:
         """One block.
 
-        tokens (B, T), or (B, T, F) with F fields a timestep whose embeddings are summed; reach (B, T): timesteps since
+        tokens (B, T) or (B, T, F), or a bag of tokens (B, T, vocabulary), see `embed`; reach (B, T): timesteps since
         the episode began, before which nothing is seen or kept (None: one endless episode). Returns the scores
-        (B, T, classes), the detached state for the next block, and figures:
-        span_loss (alpha included, differentiable), memory/size, memory/span, memory/size_layer_N and memory/bytes.
+        (B, T, classes), or what an adaptive softmax wants in their place; the detached state for the next block; and
+        figures: span_loss (alpha included, differentiable), memory/size, memory/span, memory/size_layer_N and
+        memory/bytes.
         """
-        hidden = self.embedding(tokens)  # (B, T, d), or (B, T, F, d)
-        if tokens.dim() == 3:
-            hidden = hidden.sum(2)
-        hidden = dropout(hidden, self.config.embedding_dropout, self.training)
+        hidden = dropout(self.embed(tokens), self.config.embedding_dropout, self.training)
 
         samples, block = hidden.shape[:2]
         episode = reach

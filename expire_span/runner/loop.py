@@ -17,21 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from expire_span.tasks.stream import IGNORED, Batch
-
 from ..transformer import Transformer
 from . import checkpoint
-from .build import build_model, precision, prepare
-from .measures import Answers, Meter, in_terms_of, peak_memory, reset_peak_memory
+from .build import build_model, prepare
+from .measures import Figures, peak_memory, reset_peak_memory
 from .mirror import mirror
 from .record import append_metrics, provenance, read_metrics, truncate_metrics, write_diff, write_summary
 from .schedule import alpha_factor, rate_factor, set_rates
-from .step import predict
-from .training import Training, load_weights
+from .training import Training, kind_of, load_weights
 
 log = logging.getLogger(__name__)
-
-Figures = dict[str, float]
 
 
 def train(config: DictConfig, folder: Path, command: Sequence[str] = sys.argv) -> Figures:
@@ -54,14 +49,14 @@ def train(config: DictConfig, folder: Path, command: Sequence[str] = sys.argv) -
             if last or training.update % config.run.log_every == 0:
                 report(interval(training))
             if training.update % (config.evaluation.every or math.inf) == 0:
-                report(evaluate(training.forward, training.task, "valid", config, training.device))
+                report(training.kind.evaluate(training.forward, training.task, "valid", config, training.device))
             if last or stopped.is_set() or training.update % config.run.checkpoint_every == 0:
                 training.save()
             if stopped.is_set() and not last:
                 raise SystemExit(f"stopped at update {training.update}; to go on: expire-span resume={folder}")
         figures = speed(folder) | peak_memory(training.device)
         for split in config.splits:
-            figures |= evaluate(training.forward, training.task, split, config, training.device)
+            figures |= training.kind.evaluate(training.forward, training.task, split, config, training.device)
         report(figures)
     model, task, device = training.model, training.task, training.device
     write_summary(folder, protocol(config, task, model, device, training.update, training.blocks, figures) | origin)
@@ -69,17 +64,14 @@ def train(config: DictConfig, folder: Path, command: Sequence[str] = sys.argv) -
 
 
 def train_update(training: Training) -> None:
-    """One update of the weights, out of `train.accumulate` blocks in which something is asked."""
+    """One update of the weights, out of `train.accumulate` blocks."""
     config, model, optimiser = training.config, training.model, training.optimiser
     training.watch.start()
     model.train()
     set_rates(optimiser, rate_factor(training.update, config.train.updates, config.schedule))
     alpha = alpha_factor(training.update, config.schedule)
-    per_block = training.task.answer == "block"
     for _ in range(config.train.accumulate):
-        batch = next_asked(training)
-        with precision(config, training.device):
-            loss, training.state, figures = predict(training.forward, batch, training.state, alpha, per_block)
+        loss, figures = training.kind.step(training, alpha)
         (loss / config.train.accumulate).backward()
         training.meter.add(figures)
     norm = clip_grad_norm_(model.parameters(), config.train.clip or math.inf)
@@ -90,42 +82,16 @@ def train_update(training: Training) -> None:
     training.watch.stop()
 
 
-def next_asked(training: Training) -> Batch:
-    """The next block with a target. Those before it only become memories.
-
-    Where nothing is asked nothing is learned, and the spans of such a block should not be pulled down either: nothing
-    in it could pull them up.
-    """
-    while True:
-        batch = next(training.stream)
-        training.blocks += 1
-        there = to_device(batch, training.device)
-        if (batch.targets != IGNORED).any():
-            return there
-        with torch.no_grad(), precision(training.config, training.device):
-            _, training.state, _ = training.forward(there.tokens, training.state, there.reach)
-
-
-@torch.no_grad()
-def evaluate(model: Any, task: Any, split: str, config: DictConfig, device: torch.device) -> Figures:
-    """The split from its beginning to its end, each stream from empty memories on: figures named split/..."""
-    model.eval()
-    settings = config.evaluation
-    answers, meter = Answers(task.answer == "block", device), Meter()
-    state = model.initial_state(settings.batch)
-    for number, batch in enumerate(task.stream(split, settings.batch, settings.block)):
-        if number == settings.blocks:
-            break
-        batch = to_device(batch, device)
-        with precision(config, device):
-            scores, state, figures = model(batch.tokens, state, batch.reach)
-        answers.add(scores, batch)
-        del figures["span_loss"]
-        meter.add(figures)
-    if not answers.counts[0]:
-        log.warning(f"nothing is asked in the first {settings.blocks} blocks of {split}: raise evaluation.blocks")
-    figures = answers.figures(task.measure, bytes_per_token(task, split)) | meter.means()
-    return {f"{split}/{name}": figure for name, figure in figures.items()}
+def interval(training: Training) -> Figures:
+    """The figures since the last reading. Raises ValueError where the loss is not a number."""
+    training.refuse_nan()
+    config = training.config
+    blocks, training.blocks_read = training.blocks - training.blocks_read, training.blocks
+    milliseconds = training.watch.read() / max(1, blocks)
+    figures = training.kind.interval(training, training.meter.means())
+    figures["perf/ms_per_batch"] = milliseconds
+    figures["perf/tokens_per_second"] = 1000 * config.train.batch * config.train.block / milliseconds
+    return figures | peak_memory(training.device)
 
 
 def evaluate_run(config: DictConfig, run: Path, folder: Path, command: Sequence[str] = sys.argv) -> Figures:
@@ -140,40 +106,12 @@ def evaluate_run(config: DictConfig, run: Path, folder: Path, command: Sequence[
     reset_peak_memory(device)
     figures: Figures = {}
     for split in config.splits:
-        figures |= evaluate(model, task, split, config, device)
+        figures |= kind_of(task).evaluate(model, task, split, config, device)
     figures |= peak_memory(device)
     append_metrics(folder / "metrics.jsonl", {"update": content["update"], **figures})
     summary = protocol(config, task, model, device, content["update"], content["blocks"], figures)
     write_summary(folder, summary | provenance(command))
     return figures
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in batch))
-
-
-def bytes_per_token(task: Any, split: str) -> float:
-    return task.bytes_per_token(split) if hasattr(task, "bytes_per_token") else 1.0
-
-
-def interval(training: Training) -> Figures:
-    """The figures since the last reading; the task hears how well it went. Raises ValueError where the loss is NaN."""
-    training.refuse_nan()
-    config, task = training.config, training.task
-    blocks = training.blocks - training.blocks_read
-    training.blocks_read = training.blocks
-    figures = training.meter.means()
-    milliseconds = training.watch.read() / blocks
-    accuracy = figures.pop("train/accuracy")
-    figures[f"train/{task.measure}"] = in_terms_of(
-        task.measure, figures["train/loss"], accuracy, bytes_per_token(task, "train")
-    )
-    if hasattr(task, "feedback"):
-        figures["train/stage"] = task.stage
-        task.feedback(accuracy)
-    figures["perf/ms_per_batch"] = milliseconds
-    figures["perf/tokens_per_second"] = 1000 * config.train.batch * config.train.block / milliseconds
-    return figures | peak_memory(training.device)
 
 
 def speed(folder: Path) -> Figures:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from expire_span.tasks.stream import IGNORED, Batch
 
+Figures = dict[str, float]
 BINS = 40  # powers of two: a distance d counts in the bin of floor(log2 d)
 
 
@@ -47,19 +47,13 @@ class Meter:
         return means
 
 
-def loss_of(scores: Tensor, batch: Batch, reduction: str = "mean") -> Tensor:
-    """Nats, over the targets that are asked for. scores (B, T, classes), of which bfloat16 is too coarse for a loss."""
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).flatten(0, 1)
-    return cross_entropy(scores, batch.targets.flatten(), ignore_index=IGNORED, reduction=reduction)
-
-
-def judged(scores: Tensor, batch: Batch, per_block: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def judged(best: Tensor, batch: Batch, per_block: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Which answers are right, which are asked for, and how far back each lies: (B, T), or (B,) per block.
 
-    scores (B, T, classes); per block, a stream's targets are one answer, right when all of them are.
+    best (B, T): what the model answers; per block, a stream's targets are one answer, right when all of them are.
     """
     asked = batch.targets != IGNORED  # (B, T)
-    right = scores.argmax(-1) == batch.targets  # (B, T)
+    right = best == batch.targets  # (B, T)
     if not per_block:
         return right, asked, batch.distance
     distance = None if batch.distance is None else batch.distance.masked_fill(~asked, 0).amax(1)
@@ -75,10 +69,10 @@ class Answers:
         self.counts = torch.zeros(3, dtype=torch.long, device=device)  # targets, answers, right answers
         self.by_distance = torch.zeros(2, BINS, dtype=torch.long, device=device)  # answers, right answers
 
-    def add(self, scores: Tensor, batch: Batch) -> None:
-        """scores (B, T, classes)."""
-        right, asked, distance = judged(scores, batch, self.per_block)
-        self.nats += loss_of(scores, batch, reduction="sum")
+    def add(self, losses: Tensor, best: Tensor, batch: Batch) -> None:
+        """losses (n,): nats of the targets that are asked for; best (B, T): what the model answers."""
+        right, asked, distance = judged(best, batch, self.per_block)
+        self.nats += losses.sum()
         self.counts += torch.stack([(batch.targets != IGNORED).sum(), asked.sum(), (right & asked).sum()])
         if distance is not None:
             place = distance.clamp(min=1).float().log2().long()

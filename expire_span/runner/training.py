@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from ..memory import Memory
-from . import checkpoint
+from . import checkpoint, prediction
 from .build import build_model, build_optimiser, prepare
 from .measures import Meter, Stopwatch
 
@@ -28,9 +28,8 @@ class Training:
         self.model = build_model(config, self.task, self.device)
         self.forward = torch.compile(self.model, dynamic=True) if config.run.compile else self.model
         self.optimiser = build_optimiser(config, self.model)
-        self.stream = self.task.stream("train", config.train.batch, config.train.block)
-        for split in config.splits:  # what is wrong with them should be known now, not after the training
-            self.task.stream(split, config.evaluation.batch, config.evaluation.block)
+        self.kind = kind_of(self.task)
+        self.source = self.kind.source(self.task, config, self.device)
         self.state = self.model.initial_state(config.train.batch)
         self.meter, self.watch = Meter(), Stopwatch(self.device)
         self.update = 0  # updates done
@@ -46,7 +45,7 @@ class Training:
             "run_id": self.run_id,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "stream": self.stream.state_dict(),
+            "source": self.source.state_dict(),
             "task": self.task.state_dict() if hasattr(self.task, "state_dict") else {},
             "now": self.state["now"],
             "layers": [tuple(memory) for memory in self.state["layers"]],
@@ -63,7 +62,7 @@ class Training:
             return False
         load_weights(self.model, content, self.folder)
         self.optimiser.load_state_dict(content["optimiser"])
-        self.stream.load_state_dict(content["stream"])
+        self.source.load_state_dict(content["source"])
         if content["task"]:
             self.task.load_state_dict(content["task"])
         layers = [Memory(*(tensor.to(self.device) for tensor in memory)) for memory in content["layers"]]
@@ -85,6 +84,11 @@ class Training:
                     f"the loss is {loss} at update {update}; try a lower optimiser.lr or train.clip. "
                     f"The last good checkpoint stays in {self.folder}"
                 )
+
+
+def kind_of(task: Any) -> Any:
+    """The module that knows what to do with such a task."""
+    return prediction
 
 
 def load_weights(model: torch.nn.Module, content: dict[str, Any], folder: Path) -> None:

@@ -15,7 +15,8 @@ import torch
 from tiny import SHRUNK, TASKS, tiny
 
 from expire_span.runner import checkpoint
-from expire_span.runner.loop import evaluate, train
+from expire_span.runner.loop import train
+from expire_span.runner.prediction import evaluate
 from expire_span.runner.record import read_metrics
 from expire_span.runner.training import Training
 

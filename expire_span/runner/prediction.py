@@ -1,0 +1,104 @@
+"""The kind of task whose streams can be read on: predict each target from what came before it.
+
+A kind is a module with `source`, `step`, `interval` and `evaluate`; the other one is `actor_critic`.
+"""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from expire_span.tasks.stream import IGNORED, Batch, Stream
+
+from .build import precision
+from .measures import Answers, Figures, Meter, in_terms_of, judged
+
+if TYPE_CHECKING:
+    from .training import Training
+
+log = logging.getLogger(__name__)
+
+
+def source(task: Any, config: DictConfig, device: torch.device) -> Stream:
+    """What training reads. Raises ValueError now for what evaluation would only find at the end."""
+    for split in config.splits:
+        task.stream(split, config.evaluation.batch, config.evaluation.block)
+    return task.stream("train", config.train.batch, config.train.block)
+
+
+def step(training: "Training", alpha: float) -> tuple[Tensor, dict[str, Any]]:
+    """The loss of the next block, and its figures. alpha multiplies the span loss, beyond its own weight."""
+    batch = next_asked(training)
+    with precision(training.config, training.device):
+        scores, training.state, figures = training.forward(batch.tokens, training.state, batch.reach)
+        losses, best = answered(training.model, scores, batch)  # (n,), (B, T)
+    loss = losses.mean()
+    right, asked, _ = judged(best, batch, training.task.answer == "block")
+    span_loss = figures.pop("span_loss")
+    accuracy = (right & asked).sum() / asked.sum()
+    return loss + alpha * span_loss, {"train/loss": loss.detach(), "train/accuracy": accuracy, **figures}
+
+
+def answered(model: Any, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Nats of the targets that are asked for, (n,), and what the model answers everywhere, (B, T)."""
+    asked = batch.targets != IGNORED  # (B, T)
+    return model.output.losses(scores[asked], batch.targets[asked]), model.output.best(scores.detach())
+
+
+def next_asked(training: "Training") -> Batch:
+    """The next block with a target. Those before it only become memories.
+
+    Where nothing is asked nothing is learned, and the spans of such a block should not be pulled down either: nothing
+    in it could pull them up.
+    """
+    while True:
+        batch = next(training.source)
+        training.blocks += 1
+        there = to_device(batch, training.device)
+        if (batch.targets != IGNORED).any():
+            return there
+        with torch.no_grad(), precision(training.config, training.device):
+            _, training.state, _ = training.forward(there.tokens, training.state, there.reach)
+
+
+@torch.no_grad()
+def evaluate(model: Any, task: Any, split: str, config: DictConfig, device: torch.device) -> Figures:
+    """The split from its beginning to its end, each stream from empty memories on: figures named split/..."""
+    model.eval()
+    settings = config.evaluation
+    answers, meter = Answers(task.answer == "block", device), Meter()
+    state = model.initial_state(settings.batch)
+    for number, batch in enumerate(task.stream(split, settings.batch, settings.block)):
+        if number == settings.blocks:
+            break
+        batch = to_device(batch, device)
+        with precision(config, device):
+            scores, state, figures = model(batch.tokens, state, batch.reach)
+            answers.add(*answered(model, scores, batch), batch)
+        del figures["span_loss"]
+        meter.add(figures)
+    if not answers.counts[0]:
+        log.warning(f"nothing is asked in the first {settings.blocks} blocks of {split}: raise evaluation.blocks")
+    figures = answers.figures(task.measure, bytes_per_token(task, split)) | meter.means()
+    return {f"{split}/{name}": figure for name, figure in figures.items()}
+
+
+def interval(training: "Training", means: Figures) -> Figures:
+    """Training's own figures out of the means of what `step` gave; the task hears how well it went."""
+    task, accuracy = training.task, means.pop("train/accuracy")
+    figure = in_terms_of(task.measure, means["train/loss"], accuracy, bytes_per_token(task, "train"))
+    figures = {**means, f"train/{task.measure}": figure}
+    if hasattr(task, "feedback"):
+        figures["train/stage"] = task.stage
+        task.feedback(accuracy)
+    return figures
+
+
+def bytes_per_token(task: Any, split: str) -> float:
+    return task.bytes_per_token(split) if hasattr(task, "bytes_per_token") else 1.0
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in batch))

@@ -1,0 +1,74 @@
+"""Adaptive softmax and input against plain ones with the weights written out."""
+
+import pytest
+import torch
+from tolerance import assert_equal
+
+from expire_span import ExpireSpan, Transformer, TransformerConfig, TransXL
+from expire_span.heads import AdaptiveSoftmax, Softmax
+
+
+@pytest.fixture
+def head():
+    torch.manual_seed(0)
+    return AdaptiveSoftmax(hidden_size=16, vocabulary=30, cutoffs=[6, 14]).double()
+
+
+def written_out(head, hidden):
+    """log p (n, vocabulary): frequent words and two clusters first, then the words within their cluster."""
+    first = (hidden @ head.softmax.head.weight.T).log_softmax(-1)  # (n, 6 + 2)
+    parts = [first[:, :6]]
+    for number, (project, words) in enumerate(head.softmax.tail):
+        within = (hidden @ project.weight.T @ words.weight.T).log_softmax(-1)
+        parts.append(first[:, 6 + number, None] + within)
+    return torch.cat(parts, -1)
+
+
+def test_losses_are_those_of_all_probabilities_written_out(head):
+    hidden, targets = torch.randn(50, 16, dtype=torch.double), torch.randint(30, (50,))
+    log_p = written_out(head, hidden)
+    assert_equal("sum of p", log_p.exp().sum(-1), torch.ones(50, dtype=torch.double))
+    assert_equal("losses", head.losses(hidden, targets), -log_p.gather(1, targets[:, None])[:, 0])
+    assert torch.equal(head.best(hidden.view(5, 10, 16)).flatten(), log_p.argmax(-1))
+
+
+def test_input_embeddings_are_the_weights_of_the_output(head):
+    embedded = head.embed(torch.arange(30).view(5, 6)).view(30, 16) / 4
+    assert_equal("frequent words", embedded[:6], head.softmax.head.weight[:6])
+    for number, (low, high) in enumerate([(6, 14), (14, 30)]):
+        project, words = head.softmax.tail[number]
+        assert_equal(f"cluster {number}", embedded[low:high], words.weight @ project.weight)
+
+
+def test_a_transformer_with_cutoffs_trains_its_tied_weights_from_both_ends():
+    config = TransformerConfig(vocabulary=30, hidden_size=16, heads=2, feedforward_size=16, cutoffs=[6, 14])
+    model = Transformer(config, [TransXL(8)])
+    tokens = torch.tensor([[1, 7, 20, 5]])
+    out, _, _ = model(tokens, model.initial_state(1))
+    assert out.shape == (1, 4, 16)
+    model.output.losses(out[0, :3], tokens[0, 1:]).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.output.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    assert len(names) == len(model.state_dict())  # each weight is saved once
+
+
+def test_wikitext_model_of_the_paper_has_140_million_parameters():
+    config = TransformerConfig(267735, 1024, 8, 4096, cutoffs=[20000, 60000, 160000])
+    with torch.device("meta"):
+        memory = [ExpireSpan(1024, max_span=8192, ramp=128, alpha=1e-6, positions=256) for _ in range(8)]
+        parameters = sum(parameter.numel() for parameter in Transformer(config, memory).parameters())
+    assert parameters == pytest.approx(140e6, rel=0.02)
+
+
+def test_plain_losses_are_cross_entropy_in_at_least_float32():
+    head = Softmax(4, 3).bfloat16()
+    scores, targets = head(torch.randn(5, 4).bfloat16()), torch.tensor([0, 1, 2, 0, 1])
+    assert head.losses(scores, targets).dtype == torch.float32
+    log_p = scores.float().log_softmax(-1)
+    assert_equal("losses", head.losses(scores, targets), -log_p.gather(1, targets[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("cutoffs", [[0, 5], [9, 5], [5, 40], [2, 4, 6]], ids=str)
+def test_cutoffs_that_cannot_be_are_refused(cutoffs):
+    with pytest.raises(ValueError, match="transformer.cutoffs must rise"):
+        AdaptiveSoftmax(hidden_size=16, vocabulary=30, cutoffs=cutoffs)
