@@ -8,14 +8,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 
 
+def at_least_float32(scores: Tensor) -> Tensor:
+    """bfloat16 is too coarse for probabilities."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
 class Softmax(nn.Linear):
     """A score for every class: (..., d) -> (..., classes)."""
 
     def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Nats of each target: scores (n, classes), targets (n,) -> (n,)."""
-        # bfloat16 is too coarse for them
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return cross_entropy(scores, targets, reduction="none")
+        return cross_entropy(at_least_float32(scores), targets, reduction="none")
 
     def best(self, scores: Tensor) -> Tensor:
         """The class with the highest score: (..., classes) -> (...)."""

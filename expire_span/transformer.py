@@ -180,7 +180,7 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T, d), of tokens (B, T), of F fields a timestep (B, T, F), or of floating bags (B, T, vocabulary)."""
         if tokens.is_floating_point():
-            return tokens @ self.embedding.weight
+            return tokens.to(self.embedding.weight.dtype) @ self.embedding.weight
         embedded = self.output.embed(tokens) if isinstance(self.output, AdaptiveSoftmax) else self.embedding(tokens)
         return embedded if tokens.dim() == 2 else embedded.sum(2)
 

@@ -126,7 +126,7 @@ def speed(folder: Path) -> Figures:
 def reporting(training: Training) -> Iterator[Callable[[Figures], None]]:
     """A function that writes a row of figures where they belong: the file first, then W&B, then the terminal."""
     config, folder, measure = training.config, training.folder, training.task.measure
-    watched = (f"train/{measure}", f"valid/{measure}", f"test/{measure}", "memory/size", "test/memory/size")
+    watched = ("memory/size", "test/memory/size", "perf/ms_per_batch")
     bar = tqdm(total=config.train.updates, initial=training.update, disable=None if config.run.progress else True)
     with mirror(config, folder.name, training.run_id) as show, bar:
 
@@ -134,7 +134,8 @@ def reporting(training: Training) -> Iterator[Callable[[Figures], None]]:
             row = {"update": training.update, **figures}
             append_metrics(folder / "metrics.jsonl", row)
             show(row)
-            words = [f"{name} {row[name]:.4g}" for name in (*watched, "perf/ms_per_batch") if name in row]
+            names = [name for name in row if name.endswith(f"/{measure}") or name in watched]
+            words = [f"{name} {row[name]:.4g}" for name in names]
             bar.n = training.update
             bar.set_postfix_str(", ".join(words))
             if bar.disable:

@@ -35,6 +35,18 @@ class Train:
 
 
 @dataclass
+class ActorCritic:
+    discount: float
+    trace: float
+    entropy: float
+    entropy_end: float
+    value: float
+    clip: float
+    epochs: int
+    normalise: bool
+
+
+@dataclass
 class Evaluation:
     every: int | None
     batch: int
@@ -63,7 +75,14 @@ class Wandb:
     tags: list[str]
 
 
-SECTIONS = {"schedule": Schedule, "train": Train, "evaluation": Evaluation, "run": Run, "wandb": Wandb}
+SECTIONS = {
+    "schedule": Schedule,
+    "train": Train,
+    "actor_critic": ActorCritic,
+    "evaluation": Evaluation,
+    "run": Run,
+    "wandb": Wandb,
+}
 CHOICES = {
     "schedule.shape": ("constant", "cosine"),
     "run.precision": ("float32", "bfloat16", "float64"),
@@ -78,6 +97,7 @@ AT_LEAST = {
     "train.batch": 1,
     "train.block": 1,
     "train.accumulate": 1,
+    "actor_critic.epochs": 1,
     "evaluation.batch": 1,
     "evaluation.block": 1,
     "evaluation.every": 1,

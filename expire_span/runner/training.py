@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from ..memory import Memory
-from . import checkpoint, prediction
+from . import actor_critic, checkpoint, prediction
 from .build import build_model, build_optimiser, prepare
 from .measures import Meter, Stopwatch
 
@@ -88,7 +88,7 @@ class Training:
 
 def kind_of(task: Any) -> Any:
     """The module that knows what to do with such a task."""
-    return prediction
+    return actor_critic if hasattr(task, "actions") else prediction
 
 
 def load_weights(model: torch.nn.Module, content: dict[str, Any], folder: Path) -> None:
