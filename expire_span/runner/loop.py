@@ -75,11 +75,11 @@ def train_update(training: Training) -> None:
     model.train()
     set_rates(optimiser, rate_factor(training.update, config.train.updates, config.schedule))
     alpha = alpha_factor(training.update, config.schedule)
-    per_block = training.task.answer == "block"
+    answer = training.task.answer
     for _ in range(config.train.accumulate):
         batch = next_asked(training)
         with precision(config, training.device):
-            loss, training.state, figures = predict(training.forward, batch, training.state, alpha, per_block)
+            loss, training.state, figures = predict(training.forward, batch, training.state, alpha, answer)
         (loss / config.train.accumulate).backward()
         training.meter.add(figures)
     norm = clip_grad_norm_(model.parameters(), config.train.clip or math.inf)
@@ -111,7 +111,7 @@ def evaluate(model: Any, task: Any, split: str, config: DictConfig, device: torc
     """The split from its beginning to its end, each stream from empty memories on: figures named split/..."""
     model.eval()
     settings = config.evaluation
-    answers, meter = Answers(task.answer == "block", device), Meter()
+    answers, meter = Answers(task.answer, device), Meter()
     state = model.initial_state(settings.batch)
     for number, batch in enumerate(task.stream(split, settings.batch, settings.block)):
         if number == settings.blocks:

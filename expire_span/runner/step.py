@@ -12,15 +12,15 @@ from .measures import judged, loss_of
 
 
 def predict(
-    model: Callable, batch: Batch, state: State, alpha: float, per_block: bool
+    model: Callable, batch: Batch, state: State, alpha: float, answer: str
 ) -> tuple[Tensor, State, dict[str, Any]]:
     """Each target from what came before it.
 
-    alpha: what the span loss is multiplied by, beyond its own weight; per_block: see `judged`.
+    alpha: what the span loss is multiplied by, beyond its own weight; answer: the task's, see `judged`.
     """
     scores, state, figures = model(batch.tokens, state, batch.reach)  # (B, T, classes)
     loss = loss_of(scores, batch)
-    right, asked, _ = judged(scores, batch, per_block)
+    right, asked, _ = judged(scores, batch, answer)
     span_loss = figures.pop("span_loss")
     accuracy = (right & asked).sum() / asked.sum()
     return loss + alpha * span_loss, state, {"train/loss": loss.detach(), "train/accuracy": accuracy, **figures}
