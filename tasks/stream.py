@@ -5,7 +5,8 @@ A task is any object with these five:
     vocabulary: int      number of different input tokens
     classes: int         number of different answers (the vocabulary, for a language model)
     measure: str         "bpb", "ppl", "accuracy" or "error": what its figure is
-    answer: str          "token": each target counts alone; "block": the targets of a stream's block are one answer
+    answer: str          "token": each target counts alone; "block": the targets of a stream's block are one answer;
+                         "line": those of one number in Batch.answer are, wherever blocks end
     stream(split, batch, block) -> Stream      "train" is endless; "valid" and "test" end with StopIteration
 
 and, where it grows harder as the model learns, `feedback(accuracy)`, `state_dict()` and `load_state_dict()`; where its
@@ -28,6 +29,7 @@ class Batch(NamedTuple):
     targets: Tensor  # (B, T) int64, IGNORED where nothing is asked
     reach: Tensor | None = None  # (B, T) int64: timesteps since the episode began; None: one endless episode
     distance: Tensor | None = None  # (B, T) int64: how far back the answer lies, where a target is asked
+    answer: Tensor | None = None  # (B, T) int64: the answer that a target belongs to, counting up in a stream; -1: none
 
 
 class Stream(Protocol):

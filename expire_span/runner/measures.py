@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from expire_span.tasks.stream import IGNORED, Batch
 
@@ -47,31 +48,57 @@ class Meter:
         return means
 
 
-def judged(best: Tensor, batch: Batch, per_block: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def judged(best: Tensor, batch: Batch, answer: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """Which answers are right, which are asked for, and how far back each lies: (B, T), or (B,) per block.
 
-    best (B, T): what the model answers; per block, a stream's targets are one answer, right when all of them are.
+    best (B, T): what the model answers; answer: a task's. Per block, a stream's targets are one answer, right when all
+    of them are; a line is judged where it ends, by those of its words that are in the block.
     """
     asked = batch.targets != IGNORED  # (B, T)
     right = best == batch.targets  # (B, T)
-    if not per_block:
+    if answer == "token":
         return right, asked, batch.distance
+    if answer == "line":
+        assert batch.answer is not None
+        return *judged_lines(right, batch.answer), batch.distance
     distance = None if batch.distance is None else batch.distance.masked_fill(~asked, 0).amax(1)
     return (right | ~asked).all(1) & asked.any(1), asked.any(1), distance
 
 
-class Answers:
-    """How well the targets were answered: likelihood of each, share of right answers, and that by distance."""
+def judged_lines(right: Tensor, line: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether a line is right up to and with each word, and whether it ends with it; the last may go on. (B, T) each.
 
-    def __init__(self, per_block: bool, device: torch.device):
-        self.per_block = per_block
+    right (B, T): of each word; line (B, T): the number of the line that it belongs to, -1 for none.
+
+    What a model would write, always taking the likeliest word, is the line exactly when each of its words is the
+    likeliest after the true words before it: so scores given the true text tell what it would write by itself.
+    """
+    changes = line[:, 1:] != line[:, :-1]  # (B, T - 1)
+    begins, ends = pad(changes, (1, 0), value=True), pad(changes, (0, 1), value=False)  # (B, T)
+    wrong = (~right).long()
+    so_far = wrong.cumsum(1)
+    before = (so_far - wrong).where(begins, 0).cummax(1).values  # wrong words before the line's first
+    return so_far == before, ends & (line >= 0)
+
+
+class Answers:
+    """How well the targets were answered: likelihood of each, share of right answers, and that by distance.
+
+    A line may begin in one block and end in the next; one that goes on when the split ends does not count.
+    """
+
+    def __init__(self, answer: str, device: torch.device):
+        self.answer = answer
         self.nats = torch.zeros((), dtype=torch.float if device.type == "mps" else torch.double, device=device)
         self.counts = torch.zeros(3, dtype=torch.long, device=device)  # targets, answers, right answers
+        self.words = torch.zeros(2, dtype=torch.long, device=device)  # of lines: all, right given the true ones before
         self.by_distance = torch.zeros(2, BINS, dtype=torch.long, device=device)  # answers, right answers
+        self.begun: tuple[Tensor, ...] | None = None  # of each stream's last word, as `lines`
 
     def add(self, losses: Tensor, best: Tensor, batch: Batch) -> None:
         """losses (n,): nats of the targets that are asked for; best (B, T): what the model answers."""
-        right, asked, distance = judged(best, batch, self.per_block)
+        of_lines = self.answer == "line"
+        right, asked, distance = self.lines(best, batch) if of_lines else judged(best, batch, self.answer)
         self.nats += losses.sum()
         self.counts += torch.stack([(batch.targets != IGNORED).sum(), asked.sum(), (right & asked).sum()])
         if distance is not None:
@@ -79,11 +106,30 @@ class Answers:
             for row, which in enumerate((asked, asked & right)):
                 self.by_distance[row] += torch.bincount(place[which], minlength=BINS)
 
+    def lines(self, best: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """`judged` from the last word of the block before on: (B, T + 1), but (B, T) in the first block."""
+        assert batch.answer is not None
+        assert batch.distance is not None
+        right = best == batch.targets
+        self.words += torch.stack([(batch.answer >= 0).sum(), (right & (batch.answer >= 0)).sum()])
+        parts: tuple[Tensor, ...] = (right, batch.answer, batch.distance)
+        if self.begun is not None:
+            parts = tuple(torch.cat(pair, dim=1) for pair in zip(self.begun, parts, strict=True))
+        whole, ended = judged_lines(parts[0], parts[1])
+        self.begun = whole[:, -1:], parts[1][:, -1:], parts[2][:, -1:]
+        return whole, ended, parts[2]
+
     def figures(self, measure: str, bytes_per_token: float) -> dict[str, float]:
-        """The loss (nats a target), the task's figure by its name, and, where it is a share, that by distance too."""
+        """The loss (nats a target), the task's figure by its name, and, where it is a share, that by distance too.
+
+        Of lines also the share of right words, each given the true text before it.
+        """
         targets, asked, right = self.counts.tolist()
         loss = self.nats.item() / targets if targets else math.nan
         figures = {"loss": loss, measure: in_terms_of(measure, loss, share(right, asked), bytes_per_token)}
+        if self.answer == "line":
+            words, right_words = self.words.tolist()
+            figures["word_accuracy"] = share(right_words, words)
         if measure in ("accuracy", "error"):
             for power, (asked, right) in enumerate(self.by_distance.T.tolist()):
                 if asked:

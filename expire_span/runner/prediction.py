@@ -35,7 +35,7 @@ def step(training: "Training", alpha: float) -> tuple[Tensor, dict[str, Any]]:
         scores, training.state, figures = training.forward(batch.tokens, training.state, batch.reach)
         losses, best = answered(training.model, scores, batch)  # (n,), (B, T)
     loss = losses.mean()
-    right, asked, _ = judged(best, batch, training.task.answer == "block")
+    right, asked, _ = judged(best, batch, training.task.answer)
     span_loss = figures.pop("span_loss")
     accuracy = (right & asked).sum() / asked.sum()
     return loss + alpha * span_loss, {"train/loss": loss.detach(), "train/accuracy": accuracy, **figures}
@@ -68,7 +68,7 @@ def evaluate(model: Any, task: Any, split: str, config: DictConfig, device: torc
     """The split from its beginning to its end, each stream from empty memories on: figures named split/..."""
     model.eval()
     settings = config.evaluation
-    answers, meter = Answers(task.answer == "block", device), Meter()
+    answers, meter = Answers(task.answer, device), Meter()
     state = model.initial_state(settings.batch)
     for number, batch in enumerate(task.stream(split, settings.batch, settings.block)):
         if number == settings.blocks:

@@ -39,6 +39,7 @@ TASKS = {  # smaller data for each
         "task.evaluation_worlds=4",
         "evaluation.blocks=32",
     ],
+    "instruction": ["task.rooms=2", "task.distractors=2", "task.first_distractors=1", "evaluation.blocks=32"],
 }
 
 

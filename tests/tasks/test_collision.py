@@ -32,7 +32,7 @@ def answers(fields, half):
 
 
 def join(batches):
-    return [torch.cat(part, dim=1) for part in zip(*batches, strict=True)]
+    return [torch.cat(part, dim=1) for part in zip(*batches, strict=True) if part[0] is not None]
 
 
 def test_answers_and_distances_are_those_of_a_search_back_through_the_tokens():
@@ -120,7 +120,7 @@ def test_a_saved_stream_goes_on_where_it_was_saved():
     resumed.load_state_dict(stream.state_dict())
     for _ in range(40):
         for one, other in zip(next(stream), next(resumed), strict=True):
-            assert torch.equal(one, other)
+            assert one is other is None or torch.equal(one, other)
 
 
 def test_splits_and_seeds_differ_and_the_same_seed_gives_the_same(monkeypatch, tmp_path):

@@ -1,0 +1,56 @@
+"""Answers that are lines of several words, wherever blocks end."""
+
+import pytest
+import torch
+
+from expire_span.runner.measures import Answers, judged
+from expire_span.tasks.stream import Batch
+
+#        line 0        line 1  line 2: it goes on when the text ends
+LINE = [-1, 0, 0, 0, -1, 1, 1, 2, 2, -1, 3, 3, 3, -1, 4, 4]
+RIGHT = [0, 1, 1, 1, 0, 1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 1]
+DISTANCE = [0, 5, 5, 5, 0, 9, 9, 40, 40, 0, 40, 40, 40, 0, 3, 3]
+
+
+def batches(block):
+    """The text above as one stream, and the same with every word right as another; what is answered to be right so."""
+    targets = torch.randint(7, (2, len(LINE)), generator=torch.Generator().manual_seed(0))
+    right = torch.tensor([RIGHT, [1] * len(LINE)])
+    best = torch.where(right.bool(), targets, (targets + 1) % 7)
+    distance, line = (torch.tensor([each, each]) for each in (DISTANCE, LINE))
+    for start in range(0, len(LINE), block):
+        part = slice(start, start + block)
+        yield best[:, part], Batch(targets[:, part], targets[:, part], None, distance[:, part], line[:, part])
+
+
+@pytest.mark.parametrize("block", [16, 8, 7, 5, 4, 3, 2, 1])
+def test_a_line_counts_once_and_as_a_whole_wherever_blocks_end(block):
+    answers = Answers("line", torch.device("cpu"))
+    for best, batch in batches(block):
+        answers.add(torch.zeros(0), best, batch)
+    figures = answers.figures("accuracy", 1.0)
+    assert answers.counts.tolist() == [32, 8, 2 + 4], "the last line has not ended"
+    assert figures["accuracy"] == 6 / 8
+    assert figures["accuracy_distance_4_8"] == 1.0
+    assert figures["accuracy_distance_8_16"] == 0.5
+    assert figures["accuracy_distance_32_64"] == 0.75
+    assert figures["word_accuracy"] == (10 + 12) / 24
+
+
+def test_in_training_a_line_is_judged_where_it_ends_by_its_words_in_the_block():
+    (_, first), (_, second) = batches(8)
+    best = [best for best, _ in batches(8)]
+    right, ended, _ = judged(best[0], first, "line")
+    assert ended[0].nonzero().flatten().tolist() == [3, 6], "the last word's line may go on"
+    assert right[0, [3, 6]].tolist() == [True, False]
+    right, ended, distance = judged(best[1], second, "line")
+    assert ended[0].nonzero().flatten().tolist() == [0, 4]
+    assert right[0, [0, 4]].tolist() == [True, False]
+    assert distance[0, [0, 4]].tolist() == [40, 40]
+
+
+def test_word_accuracy_is_given_for_lines_only():
+    answers = Answers("token", torch.device("cpu"))
+    for best, batch in batches(8):
+        answers.add(torch.zeros(0), best, batch)
+    assert "word_accuracy" not in answers.figures("accuracy", 1.0)
