@@ -138,7 +138,7 @@ class World:
     """One world and what its viewer tells of it: a pure function of its number, the split, the seed and `turns`."""
 
     STATE = (
-        *("drawn", "agents", "room", "waiting", "heard", "time", "talks", "talks_between", "executed"),
+        *("drawn", "room", "waiting", "heard", "time", "talks", "talks_between", "executed"),
         *("text", "answer", "distance"),
     )
 
@@ -147,9 +147,9 @@ class World:
         self.seed = [task.seed, SPLITS.index(split), number]
         self.drawn = 0  # random numbers
         self.random = self.numbers()
-        self.agents = sorted(range(len(self.map.agents)), key=lambda _: self.draw())  # in the order of their turns
-        self.viewer = self.agents[0]
-        self.room = [self.choose(range(len(self.map.rooms))) for _ in self.agents]
+        everyone = range(len(self.map.agents))
+        self.viewer, *self.agents = sorted(everyone, key=lambda _: self.draw())  # in the order of their turns
+        self.room = [self.choose(range(len(self.map.rooms))) for _ in everyone]
         self.waiting: dict[int, tuple[int, int, int]] = {}  # target: giver, when its name was said, talks before
         self.heard: list[int] = []  # the last utterances
         self.time = 0  # words told
@@ -162,10 +162,9 @@ class World:
 
     def turns(self, sentences: float) -> None:
         """Everyone's turn, once. sentences: mean number that are said when there is talk."""
+        self.act(sentences)
         for agent in self.agents:
-            if agent == self.viewer:
-                self.act(sentences)
-            elif self.room[agent] != self.room[self.viewer]:
+            if self.room[agent] != self.room[self.viewer]:
                 if self.draw() < MOVE:
                     self.room[agent] = self.choose(self.map.exits[self.room[agent]])
                     if self.room[agent] == self.room[self.viewer]:
@@ -176,16 +175,16 @@ class World:
 
     def act(self, sentences: float) -> None:
         there = self.company()
-        for target in self.waiting:  # the oldest first
-            if target in there:
-                return self.execute(target)
+        targets = [target for target in self.waiting if target in there]  # the oldest first
+        if targets:
+            self.execute(targets[0])
+            return
         if there:
             self.talk(self.choose(there), sentences)
         if self.draw() < MOVE:
             self.room[self.viewer] = self.choose(self.map.exits[self.room[self.viewer]])
             self.tell(GOES.format(self.map.rooms[self.room[self.viewer]]))
             self.look()
-        return None
 
     def ask(self, giver: int) -> bool:
         """False where there is nobody to ask for, or too much waits already."""
@@ -226,7 +225,7 @@ class World:
 
     def company(self) -> list[int]:
         here = self.room[self.viewer]
-        return [agent for agent in self.agents if self.room[agent] == here and agent != self.viewer]
+        return [agent for agent in self.agents if self.room[agent] == here]
 
     def name(self, agent: int) -> str:
         return self.map.agents[agent]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from expire_span import Transformer, TransformerConfig, TransXL
 from expire_span.runner.measures import Answers, judged
 from expire_span.tasks.stream import Batch
 
@@ -54,3 +55,25 @@ def test_word_accuracy_is_given_for_lines_only():
     for best, batch in batches(8):
         answers.add(torch.zeros(0), best, batch)
     assert "word_accuracy" not in answers.figures("accuracy", 1.0)
+
+
+def test_right_are_the_lines_that_the_model_itself_writes():
+    torch.manual_seed(0)
+    config = TransformerConfig(vocabulary=30, hidden_size=16, heads=2, feedforward_size=32)
+    model = Transformer(config, [TransXL(16) for _ in range(2)]).double().eval()
+    text, state = [3, 1, 4, 1, 5], model.initial_state(1)
+    for place in range(16):  # the first 5 are given, the others it writes, always the likeliest
+        scores, state, _ = model(torch.tensor([[text[place]]]), state, None)
+        if place + 1 == len(text):
+            text.append(int(scores.argmax()))
+    line = torch.tensor([[-1] * 4 + [0] * 8 + [-1] * 4])  # of the targets: 8 words that it wrote
+    for change, accuracy in ((0, 1.0), (1, 0.0)):
+        text[9] = (text[9] + change) % 30
+        answers, state = Answers("line", torch.device("cpu")), model.initial_state(1)
+        tokens, targets = torch.tensor([text[:16]]), torch.tensor([text[1:17]])
+        for start in range(0, 16, 6):
+            part = slice(start, start + 6)
+            batch = Batch(tokens[:, part], targets[:, part], None, torch.ones_like(line[:, part]), line[:, part])
+            scores, state, _ = model(batch.tokens, state, None)
+            answers.add(scores, batch)
+        assert answers.figures("accuracy", 1.0)["accuracy"] == accuracy
