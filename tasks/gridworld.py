@@ -10,7 +10,7 @@ word in the order of the task's `words`, and after the nine cells what else the 
 
 A gridworld has these instead of a task's streams (stream.py), and grows harder by `feedback` as they do:
 
-    actions: int         number of different actions
+    actions: int         number of different actions; classes: one more, for the value
     vocabulary: int      length of an observation
     measure: str         which of the figures in `Worlds.ended` is its result
     progress: str        which of them, as a mean over episodes, `feedback` is to be told
@@ -44,6 +44,7 @@ class Gridworld:
     """
 
     actions = 4
+    classes = actions + 1  # what a model puts out: the actions' scores, and the value
     words: tuple[str, ...]
     extra = 0  # words beside the cells' and the last action's
     measure = progress = "success"

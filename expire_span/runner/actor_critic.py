@@ -81,7 +81,7 @@ def advantages(block: dict[str, Tensor], discount: float, trace: float) -> Tenso
     result, value = torch.zeros_like(block["value"]), block["next_value"]
     following = torch.zeros_like(value)  # (B,)
     for t in reversed(range(result.shape[1])):
-        goes_on = 1 - block["done"][:, t].float()  # (B,)
+        goes_on = (~block["done"][:, t]).to(value.dtype)  # (B,)
         surprise = block["reward"][:, t] + discount * value * goes_on - block["value"][:, t]
         following = surprise + discount * trace * goes_on * following
         result[:, t], value = following, block["value"][:, t]
@@ -108,11 +108,12 @@ def step(training: "Training", alpha: float) -> tuple[Tensor, dict[str, Any]]:
     if settings.normalise:
         gain = (gain - gain.mean()) / (gain.std() + 1e-8)
     ratio = (moves.gather(-1, block["action"][..., None])[..., 0] - block["log_p"]).exp()  # (B, T)
-    policy_loss = -torch.minimum(ratio * gain, ratio.clamp(1 - settings.clip, 1 + settings.clip) * gain).mean()
+    near = ratio.clamp(1 - settings.ratio_clip, 1 + settings.ratio_clip)  # (B, T)
+    policy_loss = -torch.minimum(ratio * gain, near * gain).mean()
     value_loss = (value - goal).square().mean() / 2
     entropy = -(moves.exp() * moves).sum(-1).mean()
     share = training.update / training.config.train.updates
-    entropy_weight = settings.entropy + (settings.entropy_end - settings.entropy) * share
+    entropy_weight = settings.entropy + (settings.final_entropy - settings.entropy) * share
     loss = policy_loss + settings.value * value_loss - entropy_weight * entropy
 
     acting.uses += 1

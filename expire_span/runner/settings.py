@@ -39,9 +39,9 @@ class ActorCritic:
     discount: float
     trace: float
     entropy: float
-    entropy_end: float
+    final_entropy: float
     value: float
-    clip: float
+    ratio_clip: float
     epochs: int
     normalise: bool
 

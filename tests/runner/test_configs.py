@@ -32,12 +32,12 @@ def text(tmp_path, monkeypatch):
 def steps(config, folder):
     folder.mkdir()
     figures = train(config, folder)
-    assert math.isfinite(figures["test/loss"])
+    assert math.isfinite(figures.get("test/loss", 0.0))  # none where the model acts
     assert figures["test/memory/size"] > 0
 
 
 @pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("task", ["copy", "collision", "instruction", "text"])
+@pytest.mark.parametrize("task", ["copy", "collision", "corridor", "instruction", "portal", "text"])
 def test_every_model_takes_two_steps_on_every_task(task, model, tmp_path, text):
     steps(tiny(f"model={model}", "train.updates=2", task=task, text=text), tmp_path / "run")
 

@@ -39,6 +39,8 @@ TASKS = {  # smaller data for each
         "task.evaluation_worlds=4",
         "evaluation.blocks=32",
     ],
+    "corridor": ["task.longest=8"],
+    "portal": ["task.rooms=3", "task.first_rooms=2", "task.time_limit=30"],
     "instruction": ["task.rooms=2", "task.distractors=2", "task.first_distractors=1", "evaluation.blocks=32"],
 }
 
