@@ -24,7 +24,16 @@ from . import checkpoint
 from .build import build_model, precision, prepare
 from .measures import Answers, Meter, in_terms_of, peak_memory, reset_peak_memory
 from .mirror import mirror
-from .record import append_metrics, provenance, read_metrics, truncate_metrics, write_diff, write_summary
+from .record import (
+    append_metrics,
+    provenance,
+    read_metrics,
+    refuse_other_alphabet,
+    truncate_metrics,
+    write_alphabet,
+    write_diff,
+    write_summary,
+)
 from .schedule import alpha_factor, rate_factor, set_rates
 from .step import predict
 from .training import Training, load_weights
@@ -40,6 +49,7 @@ def train(config: DictConfig, folder: Path, command: Sequence[str] = sys.argv) -
     resumed = training.restore()
     origin = provenance(command)
     write_diff(folder)
+    write_alphabet(folder, training.task)
     truncate_metrics(folder / "metrics.jsonl", training.update)
     reset_peak_memory(training.device)
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
@@ -124,7 +134,8 @@ def evaluate(model: Any, task: Any, split: str, config: DictConfig, device: torc
         meter.add(figures)
     if not answers.counts[0]:
         log.warning(f"nothing is asked in the first {settings.blocks} blocks of {split}: raise evaluation.blocks")
-    figures = answers.figures(task.measure, bytes_per_token(task, split)) | meter.means()
+    also = getattr(task, "also", ())
+    figures = answers.figures(task.measure, bytes_per_token(task, split), also) | meter.means()
     return {f"{split}/{name}": figure for name, figure in figures.items()}
 
 
@@ -135,6 +146,7 @@ def evaluate_run(config: DictConfig, run: Path, folder: Path, command: Sequence[
     if content is None:
         raise FileNotFoundError(f"evaluate={run} has no checkpoint.pt; name the folder of a run that has saved one")
     task = instantiate(config.task)
+    refuse_other_alphabet(run, task)
     model = build_model(config, task, device)
     load_weights(model, content, run)
     reset_peak_memory(device)
@@ -237,6 +249,7 @@ def protocol(
         "task": type(task).__module__.split(".")[-1],
         "model": type(model.mechanisms[0]).__module__.split(".")[-1],
         "measure": task.measure,
+        "data": getattr(task, "data", None),
         "figures": figures,
         "protocol": {
             "splits": list(config.splits),

@@ -13,6 +13,7 @@ from ..memory import Memory
 from . import checkpoint
 from .build import build_model, build_optimiser, prepare
 from .measures import Meter, Stopwatch
+from .record import refuse_other_alphabet
 
 
 class Training:
@@ -61,6 +62,7 @@ class Training:
         content = checkpoint.load(self.folder)
         if content is None:
             return False
+        refuse_other_alphabet(self.folder, self.task)
         load_weights(self.model, content, self.folder)
         self.optimiser.load_state_dict(content["optimiser"])
         self.stream.load_state_dict(content["stream"])
