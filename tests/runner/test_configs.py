@@ -37,7 +37,7 @@ def steps(config, folder):
 
 
 @pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("task", ["copy", "collision", "text"])
+@pytest.mark.parametrize("task", ["copy", "collision", "collision_easy", "text"])
 def test_every_model_takes_two_steps_on_every_task(task, model, tmp_path, text):
     steps(tiny(f"model={model}", "train.updates=2", task=task, text=text), tmp_path / "run")
 

@@ -39,6 +39,16 @@ TASKS = {  # smaller data for each
         "task.evaluation_worlds=4",
         "evaluation.blocks=32",
     ],
+    "collision_easy": [
+        "task.grid=4",
+        "task.timesteps=4096",
+        "task.evaluation_timesteps=1024",
+        "task.worlds=4",
+        "task.evaluation_worlds=4",
+        "train.block=20",
+        "evaluation.block=20",
+        "evaluation.blocks=32",
+    ],
 }
 
 
