@@ -128,6 +128,18 @@ def test_the_published_empty_book_needs_no_server(folder):
     assert (folder / "train/90.txt").read_bytes() == b""
 
 
+def test_missing_books_are_fetched_each_once(folder, tmp_path, monkeypatch):
+    before = read(PG19(folder), "train")
+    monkeypatch.setattr(pg19, "URL", folder.as_uri())
+    monkeypatch.setenv("EXPIRE_SPAN_CACHE", str(tmp_path / "another"))
+    assert read(PG19(), "train") == before
+    assert sorted(path.name for path in (tmp_path / "another" / "pg19").glob("*/*")) == [
+        "10.txt", "101.txt", "7.txt", "8.txt", "9.txt", "90.txt",
+    ]  # fmt: skip
+    monkeypatch.setattr(pg19, "fetch", None)
+    assert read(PG19(books=2), "train") == lines("train/10.txt", "train/90.txt")
+
+
 def test_without_a_network_it_says_where_to_put_the_book(folder):
     (folder / "test/9.txt").unlink()
     message = r"^cannot fetch .*/test/9.txt \(.*put it at .*books/test/9.txt by hand$"

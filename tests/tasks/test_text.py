@@ -80,7 +80,7 @@ def test_characters_are_those_of_the_train_part_and_one_for_the_unknown(tmp_path
     path.write_text("abcabcabcabcabcaéaa" + "a", encoding="utf-8")
     task = Text(path, unit="characters", valid=0.0, test=0.25)
     assert task.vocabulary == 4
-    assert task.alphabet == "abc"
+    assert (task.alphabet, task.also) == ("abc", ("bpc",))
     assert task.parts["train"].tolist() == [0, 1, 2] * 5
     assert task.parts["test"].tolist() == [0, 3, 0, 0, 0]
     assert task.unknown == {"train": 0, "valid": 0, "test": 1}
