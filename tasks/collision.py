@@ -27,8 +27,6 @@ import torch
 from .download import keep_array
 from .stream import IGNORED, SPLITS, Batch
 
-FIELDS = 8  # x, y of particle 1; x, y of particle 2; their colours; the colours asked about
-MOMENT = np.dtype([("fields", "u1", FIELDS), ("answer", "i1"), ("ago", "<i4")])  # answer -1: there is none
 PIECE = 1_000_000  # timesteps generated at once
 
 
@@ -90,20 +88,33 @@ class Collision:
         self.timesteps, self.evaluation_timesteps = timesteps, evaluation_timesteps
         self.worlds, self.evaluation_worlds = worlds, evaluation_worlds
         self.merged, self.seed = merged, seed
-        sizes = [grid] * 4 + [colours] * 4
-        self.vocabulary = sum(sizes)
-        self.first_tokens = np.cumsum([0, *sizes[:-1]])  # (8,): each field's token for 0
+        # x, y of particle 1; x, y of particle 2; their colours; the colours asked about
+        self.fields = [grid] * 4 + [colours] * 4  # how many numbers each knows
+        self.name = f"collision-grid{grid}-colours{colours}-change{colour_change}"
+        self.name += f"-last{last_collision_questions}-speed{speed}"
+
+    @property
+    def vocabulary(self) -> int:
+        return sum(self.fields)
+
+    @property
+    def first_tokens(self) -> np.ndarray:  # (fields,): each field's token for 0
+        return np.cumsum([0, *self.fields[:-1]])
+
+    @property
+    def moment(self) -> np.dtype:
+        return np.dtype([("fields", "u1", len(self.fields)), ("answer", "i1"), ("ago", "<i4")])  # answer -1: none
 
     def stream(self, split: str, batch: int, block: int) -> "CollisionStream":
         key, worlds = ("worlds", self.worlds) if split == "train" else ("evaluation_worlds", self.evaluation_worlds)
         if worlds % batch:
             raise ValueError(f"task.{key} must be a multiple of its batch={batch}, got {worlds}")
-        if not self.merged and block % FIELDS:
-            raise ValueError(f"block must be a multiple of the {FIELDS} tokens a timestep, got {block}")
+        if not self.merged and block % len(self.fields):
+            raise ValueError(f"block must be a multiple of the {len(self.fields)} tokens a timestep, got {block}")
         return CollisionStream(self, split, batch, block)
 
     def moments(self, split: str) -> np.ndarray:
-        """The worlds of a split: (worlds, timesteps of each), of type MOMENT."""
+        """The worlds of a split: (worlds, timesteps of each), of type `moment`."""
         train = split == "train"
         worlds = self.worlds if train else self.evaluation_worlds
         length = (self.timesteps if train else self.evaluation_timesteps) // worlds
@@ -114,9 +125,8 @@ class Collision:
             for first in range(0, worlds, together):
                 yield self.simulate(generator, min(together, worlds - first), length)
 
-        name = f"collision-{split}-grid{self.grid}-colours{self.colours}-change{self.colour_change}"
-        name += f"-last{self.last_collision_questions}-speed{self.speed}-{worlds}x{length}-seed{self.seed}"
-        return keep_array(name, (worlds, length), MOMENT, pieces)
+        name = f"{self.name}-{split}-{worlds}x{length}-seed{self.seed}"
+        return keep_array(name, (worlds, length), self.moment, pieces)
 
     def simulate(self, generator: np.random.Generator, worlds: int, length: int) -> np.ndarray:
         """(worlds, length) moments."""
@@ -140,7 +150,7 @@ class Collision:
         ago = questions - np.append(collisions, -1)[found]  # before the first collision, found is -1
         known = ago <= time  # or it is another world's or pair's
 
-        moments = np.empty(met.shape, MOMENT)
+        moments = np.empty(met.shape, self.moment)
         fields = moments["fields"]
         fields[..., 0:2], fields[..., 2:4] = cells[:, 0], cells[:, 1]
         fields[..., 4], fields[..., 5] = colours[:, 0], colours[:, 1]
@@ -187,7 +197,7 @@ class CollisionStream:
         moments = task.moments(split)
         self.length = moments.shape[1]  # of a world
         self.moments = moments.reshape(batch, -1)
-        self.steps = block if task.merged else block // FIELDS  # timesteps a block
+        self.steps = block if task.merged else block // len(task.fields)  # timesteps a block
         self.time = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -200,7 +210,7 @@ class CollisionStream:
         time = np.arange(self.time, self.time + self.steps)  # (steps,)
         moments = self.moments[:, time % total]  # (B, steps)
         self.time += self.steps
-        tokens = torch.from_numpy(moments["fields"] + self.task.first_tokens)  # (B, steps, 8)
+        tokens = torch.from_numpy(moments["fields"] + self.task.first_tokens)  # (B, steps, fields)
         answer, ago = (torch.from_numpy(moments[name].astype(np.int64)) for name in ("answer", "ago"))  # (B, steps)
         answer[answer < 0] = IGNORED
         if not self.endless:
@@ -209,9 +219,10 @@ class CollisionStream:
         if self.task.merged:
             return Batch(tokens, answer, reach.contiguous(), ago)
 
+        fields = tokens.shape[-1]
         targets, distance = torch.full_like(tokens, IGNORED), torch.zeros_like(tokens)
-        targets[..., -1], distance[..., -1] = answer, ago * FIELDS
-        reach = reach[..., None] * FIELDS + torch.arange(FIELDS)
+        targets[..., -1], distance[..., -1] = answer, ago * fields
+        reach = reach[..., None] * fields + torch.arange(fields)
         return Batch(tokens.flatten(1), targets.flatten(1), reach.flatten(1), distance.flatten(1))
 
     def state_dict(self) -> dict[str, Any]:

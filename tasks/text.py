@@ -4,7 +4,8 @@ Its beginning is for training, its end for testing, and what lies between for va
 
     | train (1 - valid - test)                                      | valid | test |
 
-Scored is every token but a part's first, in bits per byte of UTF-8, whatever the unit: so figures can be compared.
+Scored is every token but a part's first, in bits per byte of UTF-8, whatever the unit: so figures can be compared. By
+characters, bits per character are told beside.
 """
 
 import gzip
@@ -25,8 +26,9 @@ class Text:
     unit            "bytes": a vocabulary of 256; "characters": those of the train part, and one for all unknown ones
     valid, test     shares of the whole
 
-    `parts[split]` (N,) are a part's tokens, `unknown[split]` the number of unknown characters among them: a model is
-    not asked which they are, so many of them flatter its bits per byte.
+    `parts[split]` (N,) are a part's tokens, `alphabet` the known characters in the order of their tokens,
+    `unknown[split]` the number of unknown ones in a part: a model is not asked which they are, so many of them flatter
+    its bits per byte.
 
     Raises FileNotFoundError without such a path, ValueError where the text is empty, too short for its parts or, by
     characters, not UTF-8.
@@ -55,15 +57,17 @@ class Text:
         self.unknown = dict.fromkeys(SPLITS, 0)
         self.vocabulary = self.classes = 256
         self.bytes = dict.fromkeys(SPLITS, 1.0)
+        self.also = ("bpc",) if unit == "characters" else ()
         if unit == "characters":
             self.bytes = {split: mean_bytes(part[1:]) for split, part in self.parts.items()}
-            self.alphabet = np.unique(self.parts["train"])
-            self.vocabulary = self.classes = len(self.alphabet) + 1
+            known = np.unique(self.parts["train"])
+            self.alphabet = "".join(map(chr, known))
+            self.vocabulary = self.classes = len(known) + 1
             for split, part in self.parts.items():
-                place = np.searchsorted(self.alphabet, part).clip(max=len(self.alphabet) - 1)
-                known = self.alphabet[place] == part
-                self.parts[split] = np.where(known, place, len(self.alphabet)).astype(np.int32)
-                self.unknown[split] = int((~known).sum())
+                place = np.searchsorted(known, part).clip(max=len(known) - 1)
+                self.parts[split] = np.where(known[place] == part, place, len(known)).astype(np.int32)
+                self.unknown[split] = int((known[place] != part).sum())
+        self.data = {s: {"tokens": len(part), "unknown": self.unknown[s]} for s, part in self.parts.items()}
 
     def bytes_per_token(self, split: str) -> float:
         """Bytes of UTF-8 a target, by which bits per token are divided to be bits per byte."""
@@ -95,12 +99,12 @@ def read(file: Path) -> bytes:
     return file.read_bytes()
 
 
-def characters(file: Path, content: bytes) -> np.ndarray:  # (N,): code points
+def characters(file: Path, content: bytes, advice: str = "convert it, or use task.unit=bytes") -> np.ndarray:
+    """(N,) code points. Raises ValueError, with `advice`, where the content of `file` is not UTF-8."""
     try:
         return np.frombuffer(content.decode("utf-8").encode("utf-32-le"), np.uint32)
     except UnicodeDecodeError as error:
-        place = f"byte {error.start:,} of {file} is not UTF-8"
-        raise ValueError(f"task.unit=characters: {place}; convert it, or use task.unit=bytes") from None
+        raise ValueError(f"byte {error.start:,} of {file} is not UTF-8; {advice}") from None
 
 
 def mean_bytes(code_points: np.ndarray) -> float:

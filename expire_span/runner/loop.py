@@ -22,7 +22,16 @@ from . import checkpoint
 from .build import build_model, prepare
 from .measures import Figures, peak_memory, reset_peak_memory
 from .mirror import mirror
-from .record import append_metrics, provenance, read_metrics, truncate_metrics, write_diff, write_summary
+from .record import (
+    append_metrics,
+    provenance,
+    read_metrics,
+    refuse_other_alphabet,
+    truncate_metrics,
+    write_alphabet,
+    write_diff,
+    write_summary,
+)
 from .schedule import alpha_factor, rate_factor, set_rates
 from .training import Training, kind_of, load_weights
 
@@ -35,6 +44,7 @@ def train(config: DictConfig, folder: Path, command: Sequence[str] = sys.argv) -
     resumed = training.restore()
     origin = provenance(command)
     write_diff(folder)
+    write_alphabet(folder, training.task)
     truncate_metrics(folder / "metrics.jsonl", training.update)
     reset_peak_memory(training.device)
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
@@ -101,6 +111,7 @@ def evaluate_run(config: DictConfig, run: Path, folder: Path, command: Sequence[
     if content is None:
         raise FileNotFoundError(f"evaluate={run} has no checkpoint.pt; name the folder of a run that has saved one")
     task = instantiate(config.task)
+    refuse_other_alphabet(run, task)
     model = build_model(config, task, device)
     load_weights(model, content, run)
     reset_peak_memory(device)
@@ -176,6 +187,7 @@ def protocol(
         "task": type(task).__module__.split(".")[-1],
         "model": type(model.mechanisms[0]).__module__.split(".")[-1],
         "measure": task.measure,
+        "data": getattr(task, "data", None),
         "figures": figures,
         "protocol": {
             "splits": list(config.splits),

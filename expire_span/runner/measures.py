@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -119,14 +120,16 @@ class Answers:
         self.begun = whole[:, -1:], parts[1][:, -1:], parts[2][:, -1:]
         return whole, ended, parts[2]
 
-    def figures(self, measure: str, bytes_per_token: float) -> dict[str, float]:
+    def figures(self, measure: str, bytes_per_token: float, also: Iterable[str] = ()) -> dict[str, float]:
         """The loss (nats a target), the task's figure by its name, and, where it is a share, that by distance too.
 
-        Of lines also the share of right words, each given the true text before it.
+        Of lines also the share of right words, each given the true text before it. also: names of further figures.
         """
         targets, asked, right = self.counts.tolist()
         loss = self.nats.item() / targets if targets else math.nan
-        figures = {"loss": loss, measure: in_terms_of(measure, loss, share(right, asked), bytes_per_token)}
+        figures = {"loss": loss}
+        for name in (measure, *also):
+            figures[name] = in_terms_of(name, loss, share(right, asked), bytes_per_token)
         if self.answer == "line":
             words, right_words = self.words.tolist()
             figures["word_accuracy"] = share(right_words, words)
@@ -146,6 +149,8 @@ def in_terms_of(measure: str, loss: float, accuracy: float, bytes_per_token: flo
     """A task's figure, out of nats a target and the share of right answers."""
     if measure == "bpb":
         return loss / math.log(2) / bytes_per_token
+    if measure == "bpc":  # a token is a character
+        return loss / math.log(2)
     if measure == "ppl":
         return math.exp(min(loss, 700.0))
     return accuracy if measure == "accuracy" else 1 - accuracy

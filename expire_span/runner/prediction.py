@@ -81,7 +81,8 @@ def evaluate(model: Any, task: Any, split: str, config: DictConfig, device: torc
         meter.add(figures)
     if not answers.counts[0]:
         log.warning(f"nothing is asked in the first {settings.blocks} blocks of {split}: raise evaluation.blocks")
-    figures = answers.figures(task.measure, bytes_per_token(task, split)) | meter.means()
+    also = getattr(task, "also", ())
+    figures = answers.figures(task.measure, bytes_per_token(task, split), also) | meter.means()
     return {f"{split}/{name}": figure for name, figure in figures.items()}
 
 

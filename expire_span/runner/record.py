@@ -2,6 +2,7 @@
 
     metrics.jsonl   one JSON object a line, numbers only; "update" says when
     summary.json    the final figures, and the protocol and provenance that gave them
+    alphabet.json   what the tokens of a text stand for, in order
     diff.patch      what the checkout had beyond its commit, if anything
     .lock           held by the process that writes here
 """
@@ -115,6 +116,23 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json whole or not at all; NaN and infinity become null, which every JSON reader knows."""
     text = json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n"
     _replace(Path(folder) / "summary.json", text.encode())
+
+
+def write_alphabet(folder: Path, task: Any) -> None:
+    """Write the characters or words that a task's tokens stand for, if it knows any."""
+    if hasattr(task, "alphabet"):
+        _replace(Path(folder) / "alphabet.json", json.dumps(list(task.alphabet), ensure_ascii=False).encode())
+
+
+def refuse_other_alphabet(folder: Path, task: Any) -> None:
+    """Raises ValueError where the tokens of the folder's run stand for other characters or words than the task's."""
+    path, alphabet = Path(folder) / "alphabet.json", list(getattr(task, "alphabet", []))
+    before = json.loads(path.read_bytes()) if path.exists() else alphabet
+    if before != alphabet:
+        raise ValueError(
+            f"{path} has {len(before):,} characters or words, and not the {len(alphabet):,} of the task's text: "
+            "use the text that the run was trained on, or another hydra.run.dir"
+        )
 
 
 def append_metrics(path: Path, row: Mapping[str, float]) -> None:

@@ -13,6 +13,7 @@ from ..memory import Memory
 from . import actor_critic, checkpoint, prediction
 from .build import build_model, build_optimiser, prepare
 from .measures import Meter, Stopwatch
+from .record import refuse_other_alphabet
 
 
 class Training:
@@ -60,6 +61,7 @@ class Training:
         content = checkpoint.load(self.folder)
         if content is None:
             return False
+        refuse_other_alphabet(self.folder, self.task)
         load_weights(self.model, content, self.folder)
         self.optimiser.load_state_dict(content["optimiser"])
         self.source.load_state_dict(content["source"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from tiny import composed, tiny
+from tiny import TASKS, composed, tiny
 
 from expire_span import TransformerConfig
 from expire_span.runner.loop import train
@@ -37,7 +37,7 @@ def steps(config, folder):
 
 
 @pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("task", ["copy", "collision", "corridor", "instruction", "portal", "text"])
+@pytest.mark.parametrize("task", [*TASKS, "text"])
 def test_every_model_takes_two_steps_on_every_task(task, model, tmp_path, text):
     steps(tiny(f"model={model}", "train.updates=2", task=task, text=text), tmp_path / "run")
 

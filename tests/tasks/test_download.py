@@ -78,6 +78,10 @@ def test_a_wrong_checksum_is_refused_and_the_file_not_put_in_place(server, tmp_p
     assert visible(tmp_path) == ["content.part"]
 
 
+def test_the_beginning_of_a_checksum_will_do(server, tmp_path):
+    assert fetch(server, tmp_path, sha256=SHA256[:8]).read_bytes() == CONTENT
+
+
 def test_a_file_put_there_by_hand_is_checked(server, tmp_path):
     (tmp_path / "content").write_bytes(CONTENT[:10])
     with pytest.raises(ValueError, match=r"content has 10 bytes, not 3,000,000: delete it"):

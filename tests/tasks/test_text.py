@@ -80,6 +80,7 @@ def test_characters_are_those_of_the_train_part_and_one_for_the_unknown(tmp_path
     path.write_text("abcabcabcabcabcaéaa" + "a", encoding="utf-8")
     task = Text(path, unit="characters", valid=0.0, test=0.25)
     assert task.vocabulary == 4
+    assert (task.alphabet, task.also) == ("abc", ("bpc",))
     assert task.parts["train"].tolist() == [0, 1, 2] * 5
     assert task.parts["test"].tolist() == [0, 3, 0, 0, 0]
     assert task.unknown == {"train": 0, "valid": 0, "test": 1}
@@ -104,7 +105,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, file):
         with pytest.raises(ValueError, match=r"task\.path=.* is empty"):
             Text(tmp_path / "empty", unit=unit)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 noir")
-    with pytest.raises(ValueError, match=r"task\.unit=characters: byte 3 of .*latin.txt is not UTF-8"):
+    with pytest.raises(ValueError, match=r"byte 3 of .*latin.txt is not UTF-8; convert it, or use task.unit=bytes"):
         Text(tmp_path / "latin.txt", unit="characters")
     for name in ("broken.xz", "broken.gz"):
         (tmp_path / name).write_bytes(b"no archive")
