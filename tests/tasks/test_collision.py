@@ -32,7 +32,7 @@ def answers(fields, half):
 
 
 def join(batches):
-    return [torch.cat(part, dim=1) for part in zip(*batches, strict=True)]
+    return [torch.cat(part, dim=1) for part in zip(*batches, strict=True) if part[0] is not None]
 
 
 def test_answers_and_distances_are_those_of_a_search_back_through_the_tokens():
@@ -119,7 +119,7 @@ def test_a_saved_stream_goes_on_where_it_was_saved():
         next(stream)
     resumed.load_state_dict(stream.state_dict())
     for _ in range(40):
-        for one, other in zip(next(stream), next(resumed), strict=True):
+        for one, other in zip(next(stream)[:4], next(resumed)[:4], strict=True):  # no answer
             assert torch.equal(one, other)
 
 
