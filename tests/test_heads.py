@@ -1,11 +1,16 @@
 """Adaptive softmax and input against plain ones with the weights written out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from tiny import composed
 from tolerance import assert_equal
 
-from expire_span import ExpireSpan, Transformer, TransformerConfig, TransXL
+from expire_span import Transformer, TransformerConfig, TransXL
 from expire_span.heads import AdaptiveSoftmax, Softmax
+from expire_span.runner.build import build_model
+from expire_span.runner.settings import checked
 
 
 @pytest.fixture
@@ -53,11 +58,11 @@ def test_a_transformer_with_cutoffs_trains_its_tied_weights_from_both_ends():
 
 
 def test_wikitext_model_of_the_paper_has_140_million_parameters():
-    config = TransformerConfig(267735, 1024, 8, 4096, cutoffs=[20000, 60000, 160000])
+    config = checked(composed("task=wikitext103", "model=expire_span", "size=paper"))
+    words = SimpleNamespace(vocabulary=267_735, classes=267_735)
     with torch.device("meta"):
-        memory = [ExpireSpan(1024, max_span=8192, ramp=128, alpha=1e-6, positions=256) for _ in range(8)]
-        parameters = sum(parameter.numel() for parameter in Transformer(config, memory).parameters())
-    assert parameters == pytest.approx(140e6, rel=0.02)
+        model = build_model(config, words, torch.device("meta"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(140e6, rel=0.02)
 
 
 def test_plain_losses_are_cross_entropy_in_at_least_float32():

@@ -1,6 +1,7 @@
 """The one entry: `expire-span task=... model=... size=...`, or evaluate=RUN, or resume=RUN."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +17,7 @@ from .loop import evaluate_run, train
 from .record import lock
 from .settings import checked
 
+GROUPS = ("task", "model", "size", "setting", "experiment")
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's
 
 
@@ -61,14 +63,22 @@ def saved_config(run_folder: Path) -> DictConfig:
 
 def changed(config: DictConfig, overrides: list[str]) -> DictConfig:
     """A saved config with this command's values; choosing another task or model would make it another run."""
-    OmegaConf.set_struct(config, True)
     for override in overrides:
-        key, _, value = override.partition("=")
-        if key in ("task", "model", "size", "experiment"):
-            raise ValueError(f"evaluate=RUN takes {key} from the run itself; leave {override} away")
-        if key != "evaluate":
-            OmegaConf.update(config, key.lstrip("+"), OmegaConf.from_dotlist([f"x={value}"]).x, force_add=key[0] == "+")
+        key, _, value = override.lstrip("+").partition("=")
+        if key in GROUPS:
+            raise ValueError(f"evaluate=RUN takes {key} from the run itself; leave {key}={value} away")
+        if OmegaConf.select(config, key, default=override) is override and key != "evaluate":
+            raise ValueError(f"{key} is not in the config of the run that evaluate=RUN names (its .hydra/config.yaml)")
+        OmegaConf.update(config, key, OmegaConf.from_dotlist([f"x={value}"]).x)
     return config
+
+
+def evaluating(arguments: list[str]) -> list[str]:
+    """With evaluate=RUN the keys are that run's, which `changed` knows, and not those of the default task."""
+    if not any(argument.startswith("evaluate=") for argument in arguments):
+        return arguments
+    plain = re.compile(r"(?!hydra[./])[\w.]+\.[\w.]+=")  # section.key=value
+    return [f"++{argument}" if plain.match(argument) else argument for argument in arguments]
 
 
 def resumed(arguments: list[str]) -> list[str]:
@@ -91,7 +101,7 @@ def main() -> None:
     """The console command. Bad input ends it with one line; HYDRA_FULL_ERROR=1 shows where it was found."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra itself prints what it caught, and ends
     try:
-        sys.argv[1:] = resumed(sys.argv[1:])
+        sys.argv[1:] = evaluating(resumed(sys.argv[1:]))
         run()
     except Exception as error:
         end(error)

@@ -1,15 +1,18 @@
 """What a memory is worth, costs and weighs: exact deletion, closed forms, block size, bad input."""
 
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import composed
 from tolerance import assert_equal
 
 import expire_span.transformer as transformer
 from expire_span import AdaptiveSpan, Compressive, ExpireSpan, Transformer, TransformerConfig, TransXL
 from expire_span.memory.mechanism import memory_size, reached
 from expire_span.memory.packed import dense, empty, join, select
+from expire_span.runner.build import build_model
+from expire_span.runner.settings import checked
 
 MECHANISMS = {
     "trans_xl": lambda: TransXL(max_span=40),
@@ -223,10 +226,10 @@ def test_compressive_refuses_blocks_longer_than_its_memory():
 
 
 def test_enwik8_model_of_the_paper_has_38_million_parameters():
-    config = TransformerConfig(vocabulary=256, hidden_size=512, heads=8, feedforward_size=2048)
-    memory = [ExpireSpan(512, max_span=16384, ramp=128, alpha=1e-6, positions=512) for _ in range(12)]
-    parameters = sum(parameter.numel() for parameter in Transformer(config, memory).parameters())
-    assert math.isclose(parameters, 38e6, rel_tol=0.02)
+    config = checked(composed("task=enwik8", "model=expire_span", "size=paper"))
+    with torch.device("meta"):
+        model = build_model(config, SimpleNamespace(vocabulary=256, classes=256), torch.device("meta"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(38e6, rel=0.02)
 
 
 def test_expire_span_adds_d_plus_1_parameters_a_layer():

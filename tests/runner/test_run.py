@@ -210,6 +210,18 @@ def test_evaluating_a_run_folder_gives_the_figures_that_training_ended_with(fold
     assert "test/accuracy_distance_64_128" in json.loads((tmp_path / "farther" / "summary.json").read_text())["figures"]
 
 
+def test_evaluation_knows_the_keys_of_the_run_and_refuses_others(folder, tmp_path, text):
+    sizes = ["task=text", f"task.path={text}", "memory.max_span=32", *SHRUNK]
+    assert command(*sizes, folder=folder).returncode == 0
+    larger = command(f"evaluate={folder}", "task.test=0.2", "splits=[test]", folder=tmp_path / "larger")
+    assert larger.returncode == 0, larger.stderr
+    assert json.loads((tmp_path / "larger" / "summary.json").read_text())["config"]["task"]["test"] == 0.2
+    for wrong, words in (("task.distance=64", "task.distance is not in the config"), ("task=copy", "leave task=copy")):
+        refused = command(f"evaluate={folder}", wrong, folder=tmp_path / "refused")
+        assert refused.returncode == 1
+        assert words in refused.stderr
+
+
 def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(tmp_path):
     overrides = ["-m", "model=trans_xl,expire_span", "seed=1,2", *SHRUNK, *TASKS["copy"], "memory.max_span=32"]
     swept = command(*overrides, f"hydra.sweep.dir={tmp_path}/sweep", folder=tmp_path / "unused")
