@@ -5,6 +5,7 @@ Trains the three, then prints a table of them and draws demo/copy.png. `make dem
 
 import argparse
 import math
+import re
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ def wait(processes: list[subprocess.Popen], folder: Path, said: set[str]) -> Non
         for output in sorted(folder.glob("*/output.txt")):
             for line in output.read_text().splitlines():
                 words = f"  {output.parent.name:14} {line}"
-                if line.startswith("update") and "00: train" in line and words not in said:
+                if re.match(r"update \d+00:", line) and words not in said:
                     said.add(words)
                     print(words, flush=True)
     if any(process.returncode for process in processes):

@@ -145,7 +145,7 @@ def reporting(training: Training) -> Iterator[Callable[[Figures], None]]:
             row = {"update": training.update, **figures}
             append_metrics(folder / "metrics.jsonl", row)
             show(row)
-            names = [name for name in row if name.endswith(f"/{measure}") or name in watched]
+            names = [name for name in row if name.endswith(f"/{measure}")] + [name for name in watched if name in row]
             words = [f"{name} {row[name]:.4g}" for name in names]
             bar.n = training.update
             bar.set_postfix_str(", ".join(words))
