@@ -60,9 +60,10 @@ def train(config: DictConfig, folder: Path, command: Sequence[str] = sys.argv) -
                 report(interval(training))
             if training.update % (config.evaluation.every or math.inf) == 0:
                 report(training.kind.evaluate(training.forward, training.task, "valid", config, training.device))
-            if last or stopped.is_set() or training.update % config.run.checkpoint_every == 0:
+            stop = stopped.is_set()  # read once: what comes after this is for the next update
+            if last or stop or training.update % config.run.checkpoint_every == 0:
                 training.save()
-            if stopped.is_set() and not last:
+            if stop and not last:
                 raise SystemExit(f"stopped at update {training.update}; to go on: expire-span resume={folder}")
         figures = speed(folder) | peak_memory(training.device)
         for split in config.splits:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -268,7 +269,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert f"expire-span resume={folder}" in errors
+    assert re.search(rf"^stopped at update \d+; to go on: expire-span resume={folder}$", errors, re.MULTILINE), errors
     assert checkpoint.load(folder)["update"] > 0
 
 
