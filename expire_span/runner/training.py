@@ -38,7 +38,7 @@ class Training:
         self.run_id = uuid.uuid4().hex[:8]  # W&B's
 
     def save(self) -> None:
-        """Raises ValueError, and leaves the last good checkpoint, if the loss or a weight is no longer a number."""
+        """Raises ValueError, and leaves the last good checkpoint, if a loss or gradient was not a number."""
         self.refuse_nan()
         content = {
             "update": self.update,
@@ -77,15 +77,16 @@ class Training:
         return True
 
     def refuse_nan(self) -> None:
-        """Raises ValueError, with the update, if a loss since the last reading is not a number."""
-        losses = self.meter.values().get("train/loss", [])
-        for number, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                update = self.update - (len(losses) - 1 - number) // self.config.train.accumulate
-                raise ValueError(
-                    f"the loss is {loss} at update {update}; try a lower optimiser.lr or train.clip. "
-                    f"The last good checkpoint stays in {self.folder}"
-                )
+        """Raises ValueError, with the update, if a loss or gradient since the last reading is not a number."""
+        for name, each in (("train/loss", self.config.train.accumulate), ("train/gradient_norm", 1)):
+            figures = self.meter.values().get(name, [])
+            for number, figure in enumerate(figures):
+                if not math.isfinite(figure):
+                    update = self.update - (len(figures) - 1 - number) // each
+                    raise ValueError(
+                        f"{name} is {figure} at update {update}; try a lower optimiser.lr or train.clip. "
+                        f"The last good checkpoint stays in {self.folder}"
+                    )
 
 
 def kind_of(task: Any) -> Any:

@@ -152,11 +152,22 @@ def test_nan_ends_the_run_with_its_update_and_keeps_the_last_good_checkpoint(fol
     with torch.no_grad():
         training.model.output.bias.fill_(math.nan)
     step(training)
-    with pytest.raises(ValueError, match="the loss is nan at update 3"):
+    with pytest.raises(ValueError, match="train/loss is nan at update 3"):
         training.save()
     content = checkpoint.load(folder)
     assert content["update"] == 2
     assert all(weight.isfinite().all() for weight in content["model"].values())
+
+
+def test_a_gradient_that_is_no_number_spoils_no_checkpoint(folder):
+    training = Training(tiny("train.updates=20", "run.log_every=10"), folder)
+    step(training)
+    training.save()
+    training.model.output.weight.register_hook(lambda gradient: gradient * math.nan)
+    step(training)  # its loss was still a number; its weights are none any more
+    with pytest.raises(ValueError, match="train/gradient_norm is nan at update 2"):
+        training.save()
+    assert checkpoint.load(folder)["update"] == 1
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(folder):
