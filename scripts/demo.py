@@ -134,4 +134,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # the runs hear it too, and save themselves
+        sys.exit("\nstopped; started again, it goes on from where it was")

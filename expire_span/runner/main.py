@@ -22,18 +22,18 @@ FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's
 
 
 @hydra.main(config_path="pkg://expire_span.conf", config_name="config", version_base="1.3")
-def run(config: DictConfig) -> float:
+def run(config: DictConfig) -> None:
     """One job. In a sweep a failing one raises, and the others go on; alone it ends the process with one line."""
     try:
-        return job(config)
+        job(config)
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         end(error)
 
 
-def job(config: DictConfig) -> float:
-    """Train, or evaluate, in Hydra's folder for this job. Returns the task's figure on the last split, for sweepers."""
+def job(config: DictConfig) -> None:
+    """Train, or evaluate, in Hydra's folder for this job, and print the figures."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     overrides = list(hydra_config.overrides.task)
@@ -51,7 +51,6 @@ def job(config: DictConfig) -> float:
             figures = train(config, folder, command)
     for name, figure in figures.items():
         print(f"{name:40} {figure:.5g}")
-    return next(iter(figures.values()))
 
 
 def saved_config(run_folder: Path) -> DictConfig:

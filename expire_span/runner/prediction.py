@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def source(task: Any, config: DictConfig, device: torch.device) -> Stream:
     """What training reads. Raises ValueError now for what evaluation would only find at the end."""
-    for split in config.splits:
+    for split in {*config.splits, *(["valid"] if config.evaluation.every else [])}:
         task.stream(split, config.evaluation.batch, config.evaluation.block)
     return task.stream("train", config.train.batch, config.train.block)
 

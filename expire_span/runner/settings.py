@@ -15,6 +15,25 @@ from ..transformer import TransformerConfig
 
 
 @dataclass
+class Top:
+    """What stands in no section."""
+
+    seed: int
+    evaluate: str | None
+    splits: list[str]
+
+
+@dataclass
+class Memory:
+    max_span: int
+    ramp: float
+    alpha: float
+    init: float
+    positions: int
+    random_drop: bool
+
+
+@dataclass
 class Schedule:
     warmup: int
     shape: str
@@ -76,6 +95,7 @@ class Wandb:
 
 
 SECTIONS = {
+    "memory": Memory,
     "schedule": Schedule,
     "train": Train,
     "actor_critic": ActorCritic,
@@ -124,7 +144,11 @@ def checked(config: DictConfig) -> DictConfig:
         compare(config, name, schema)
     for name in ("task", "model", "optimiser"):
         compare(config, name, signature_schema(name, config[name]))
-    compare(OmegaConf.create({"seed": {"seed": config.seed}}), "seed", make_schema("seed", {"seed": (int, MISSING)}))
+    sections = {"task", "model", "transformer", "optimiser", *SECTIONS}
+    compare(DictConfig({"": {key: value for key, value in config.items() if key not in sections}}), "", Top)
+    for split in config.splits:
+        if split not in ("valid", "test"):
+            raise ValueError(f"splits may name valid and test, got {split}")
     for key, choices in CHOICES.items():
         if OmegaConf.select(config, key) not in choices:
             raise ValueError(f"{key} must be one of {', '.join(choices)}, got {OmegaConf.select(config, key)}")
@@ -140,10 +164,10 @@ def compare(config: DictConfig, name: str, schema: type) -> None:
     try:
         filled = OmegaConf.merge(OmegaConf.structured(schema), section)
     except OmegaConfBaseException as error:
-        key = f"{name}.{error.full_key}" if error.full_key else name
+        key = f"{name}.{error.full_key}".strip(".") if error.full_key else name
         if str(error.full_key) not in {each.name for each in fields(schema)}:
             known = ", ".join(each.name for each in fields(schema))
-            raise ValueError(f"{key} is not known; {name} takes: {known}") from None
+            raise ValueError(f"{key} is not known; {name or 'beside the sections it'} takes: {known}") from None
         raise ValueError(f"{key}: {first_line(error)}") from None
     missing = sorted(OmegaConf.missing_keys(filled))
     if missing:

@@ -143,6 +143,11 @@ def test_text_is_scored_in_bits_per_byte(folder, text):
     assert figures["test/bpb"] == pytest.approx(figures["test/loss"] / math.log(2))
 
 
+def test_an_evaluation_that_cannot_work_is_refused_before_the_training(folder, text):
+    with pytest.raises(ValueError, match="the valid part of task.path=.* has 0 tokens"):
+        Training(tiny("evaluation.every=2", "splits=[test]", "task.valid=0", task="text", text=text), folder)
+
+
 def test_nan_ends_the_run_with_its_update_and_keeps_the_last_good_checkpoint(folder):
     config = tiny("train.updates=20", "run.checkpoint_every=1", "run.log_every=10")
     training = Training(config, folder)
