@@ -11,7 +11,8 @@ colours and must name the quadrant in which particles of these colours last met;
     . . | . .
 
 The unmerged form is the paper's, eight tokens a timestep, the answer asked for at the last of them. The merged form is
-a simplification: one timestep of eight fields, whose embeddings are summed.
+a simplification: one timestep of eight fields, whose embeddings are summed. Since a timestep does not attend to itself,
+its question is the one of the timestep before.
 
 Our choices, since the paper leaves them open: a vocabulary in which each of the eight has numbers of its own; a
 collision of this very timestep counts; questions not about the last collision are about colours drawn uniformly, as are
@@ -52,6 +53,7 @@ class Collision:
     classes = 4
     measure = "error"
     answer = "token"
+    question = slice(6, 8)  # which of a timestep's fields
 
     def __init__(
         self,
@@ -210,6 +212,11 @@ class CollisionStream:
         time = np.arange(self.time, self.time + self.steps)  # (steps,)
         moments = self.moments[:, time % total]  # (B, steps)
         self.time += self.steps
+        if self.task.merged:
+            asked = self.moments[:, (time - 1) % total]  # (B, steps)
+            moments["fields"][..., self.task.question] = asked["fields"][..., self.task.question]
+            moments["answer"] = np.where(time % self.length, asked["answer"], -1)  # none at a world's first
+            moments["ago"] = asked["ago"] + 1
         tokens = torch.from_numpy(moments["fields"] + self.task.first_tokens)  # (B, steps, fields)
         answer, ago = (torch.from_numpy(moments[name].astype(np.int64)) for name in ("answer", "ago"))  # (B, steps)
         answer[answer < 0] = IGNORED

@@ -34,6 +34,8 @@ class CollisionEasy(Collision):
     `distance` goes back to the earliest collision that the answer needs.
     """
 
+    question = slice(4, 5)
+
     def __init__(
         self,
         grid: int = 16,
