@@ -16,7 +16,7 @@ from torch import Tensor
 from ..heads import at_least_float32
 from ..transformer import State
 from .build import precision
-from .measures import Figures, Meter
+from .measures import ByDistance, Figures, Meter
 
 if TYPE_CHECKING:
     from .training import Training
@@ -56,7 +56,9 @@ def split(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def act(model: Any, state: State, acting: Acting, timesteps: int) -> tuple[dict[str, Tensor], State, Figures]:
+def act(
+    model: Any, state: State, acting: Acting, timesteps: int, by_distance: ByDistance | None = None
+) -> tuple[dict[str, Tensor], State, Figures]:
     """Acts one timestep at a time. Returns the block, the memories after it, and figures, see `per_episode`."""
     worlds, rows, sums = acting.worlds, [], Meter()
     model.eval()
@@ -70,6 +72,8 @@ def act(model: Any, state: State, acting: Acting, timesteps: int) -> tuple[dict[
         rows.append({**seen, **chosen, "reward": reward, "done": done})
         sums.add({f"rl/{name}": (figure.float() * done).sum() for name, figure in worlds.ended.items()})
         sums.add({"rl/episodes": done.float().sum(), **about_memory})
+        if by_distance and "distance" in worlds.ended:
+            by_distance.add(worlds.ended["success"], done, worlds.ended["distance"])
     block = {name: torch.stack([row[name] for row in rows], 1) for name in rows[0]}  # (B, T, ...)
     scores, _, _ = model(worlds.observe()[:, None], state, worlds.steps[:, None])
     block["next_value"] = split(scores[:, 0])[1]  # (B,)
@@ -141,11 +145,17 @@ def per_episode(means: Figures) -> Figures:
 
 @torch.no_grad()
 def evaluate(model: Any, task: Any, part: str, config: DictConfig, device: torch.device) -> Figures:
-    """Acts `evaluation.blocks` blocks, as in training, in worlds of the split's own, from their first episodes on."""
+    """Acts `evaluation.blocks` blocks, as in training, in worlds of the split's own, from their first episodes on.
+
+    Where the worlds know how far back it lies what an episode asks for, success is told by that, too.
+    """
     acting, state, meter = source(task, config, device, part), model.initial_state(config.evaluation.batch), Meter()
+    by_distance = ByDistance(device)
     for _ in range(config.evaluation.blocks):
         with precision(config, device):
-            _, state, sums = act(model, state, acting, config.evaluation.block)
+            _, state, sums = act(model, state, acting, config.evaluation.block, by_distance)
         del sums["span_loss"]
         meter.add(sums)
-    return {f"{part}/{name}": figure for name, figure in per_episode(meter.means()).items()}
+    figures = per_episode(meter.means())
+    figures |= {f"rl/success_{name}": share for name, share in by_distance.shares().items()}
+    return {f"{part}/{name}": figure for name, figure in figures.items()}

@@ -82,6 +82,27 @@ def judged_lines(right: Tensor, line: Tensor) -> tuple[Tensor, Tensor]:
     return so_far == before, ends & (line >= 0)
 
 
+class ByDistance:
+    """How many of the answers are right, by how far back they lie, in bins between powers of two."""
+
+    def __init__(self, device: torch.device):
+        self.counts = torch.zeros(2, BINS, dtype=torch.long, device=device)  # answers, right answers
+
+    def add(self, right: Tensor, asked: Tensor, distance: Tensor) -> None:
+        """right, asked and distance, in timesteps: of one shape."""
+        place = distance.clamp(min=1).float().log2().long()
+        for row, which in enumerate((asked, asked & right)):
+            self.counts[row] += torch.bincount(place[which], minlength=BINS)
+
+    def shares(self) -> Figures:
+        """The share of right ones as distance_LOW_HIGH, where there are any."""
+        return {
+            f"distance_{2**power if power else 0}_{2 ** (power + 1)}": right / asked
+            for power, (asked, right) in enumerate(self.counts.T.tolist())
+            if asked
+        }
+
+
 class Answers:
     """How well the targets were answered: likelihood of each, share of right answers, and that by distance.
 
@@ -93,7 +114,7 @@ class Answers:
         self.nats = torch.zeros((), dtype=torch.float if device.type == "mps" else torch.double, device=device)
         self.counts = torch.zeros(3, dtype=torch.long, device=device)  # targets, answers, right answers
         self.words = torch.zeros(2, dtype=torch.long, device=device)  # of lines: all, right given the true ones before
-        self.by_distance = torch.zeros(2, BINS, dtype=torch.long, device=device)  # answers, right answers
+        self.by_distance = ByDistance(device)
         self.begun: tuple[Tensor, ...] | None = None  # of each stream's last word, as `lines`
 
     def add(self, losses: Tensor, best: Tensor, batch: Batch) -> None:
@@ -103,9 +124,7 @@ class Answers:
         self.nats += losses.sum()
         self.counts += torch.stack([(batch.targets != IGNORED).sum(), asked.sum(), (right & asked).sum()])
         if distance is not None:
-            place = distance.clamp(min=1).float().log2().long()
-            for row, which in enumerate((asked, asked & right)):
-                self.by_distance[row] += torch.bincount(place[which], minlength=BINS)
+            self.by_distance.add(right, asked, distance)
 
     def lines(self, best: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """`judged` from the last word of the block before on: (B, T + 1), but (B, T) in the first block."""
@@ -134,10 +153,8 @@ class Answers:
             words, right_words = self.words.tolist()
             figures["word_accuracy"] = share(right_words, words)
         if measure in ("accuracy", "error"):
-            for power, (asked, right) in enumerate(self.by_distance.T.tolist()):
-                if asked:
-                    name = f"{measure}_distance_{2**power if power else 0}_{2 ** (power + 1)}"
-                    figures[name] = in_terms_of(measure, math.nan, share(right, asked), bytes_per_token)
+            shares = self.by_distance.shares()
+            figures |= {f"{measure}_{name}": in_terms_of(measure, math.nan, right) for name, right in shares.items()}
         return figures
 
 

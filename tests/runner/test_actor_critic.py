@@ -102,3 +102,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(task, tmp_path):
 def test_evaluation_without_an_end_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="evaluation.blocks must be a number"):
         Training(tiny("evaluation.blocks=null", task="corridor"), tmp_path)
+
+
+def test_evaluation_tells_success_by_the_corridors_length_beyond_those_trained_on_too(tmp_path):
+    config = tiny("task.longest=4", "task.evaluation_longest=40", "evaluation.blocks=40", task="corridor")
+    training = Training(config, tmp_path)
+    figures = actor_critic.evaluate(training.model, training.task, "test", config, training.device)
+    by_length = {name: share for name, share in figures.items() if name.startswith("test/rl/success_distance_")}
+    assert {"test/rl/success_distance_2_4", "test/rl/success_distance_16_32"} <= set(by_length)
+    assert min(by_length.values()) <= figures["test/rl/success"] <= max(by_length.values())
