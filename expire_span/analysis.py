@@ -1,12 +1,30 @@
 """What a trained model remembers."""
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .memory.packed import dense
-from .transformer import Layer, Transformer
+from .attention import fade
+from .memory.packed import Memory, dense
+from .transformer import Layer, State, Transformer
+
+
+@torch.no_grad()
+def remembered(model: Transformer, state: State) -> list[tuple[Tensor, Tensor]]:
+    """What each layer holds for the next query: the timesteps (N,) of its memories, and m of each, mean over heads."""
+    found = []
+    for layer, memory in zip(model.layers, state["layers"], strict=True):
+        layer = cast(Layer, layer)
+        m = fade((state["now"] - memory.time)[:, None], span_of(layer, memory), layer.memory.ramp).mean(1)  # (N,)
+        found.append((memory.time, m))
+    return found
+
+
+def span_of(layer: Layer, memory: Memory) -> Tensor:
+    """The spans of what a layer holds: (N or 1, H or 1), timesteps."""
+    return layer.memory.span(memory._replace(hidden=layer.norm_attention(memory.hidden)) if layer.pre_norm else memory)
 
 
 @torch.no_grad()
@@ -24,8 +42,7 @@ def spans_over_time(
         def look(layer: Layer, arguments: tuple) -> None:
             hidden = arguments[0]  # (B, T, d), what enters the layer
             samples, block, _ = hidden.shape
-            seen = layer.norm_attention(hidden) if layer.pre_norm else hidden
-            span = layer.memory.span(dense(seen, torch.arange(block, device=hidden.device))).mean(1)  # (B T or 1,)
+            span = span_of(layer, dense(hidden, torch.arange(block, device=hidden.device))).mean(1)  # (B T or 1,)
             spans[number].append(span.expand(samples * block).view(samples, block))
 
         return look

@@ -12,14 +12,10 @@ import time
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 
 from expire_span.analysis import spans_over_time
-from expire_span.runner.build import build_model
-from expire_span.runner.checkpoint import load
-from expire_span.runner.main import saved_config
 from expire_span.runner.report import Run, load_runs
-from expire_span.runner.training import load_weights
+from expire_span.runner.saved import open_run, saved_config
 
 COLOURS = {"Expire-Span": "#d1495b", "Transformer-XL, same memory": "#8d99ae", "Transformer-XL, all": "#2b6777"}
 
@@ -92,9 +88,7 @@ def draw(folder: Path, runs: dict[str, Run]) -> None:
 def episode(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Spans (layers, time) and tokens (time,) of one test episode in which the A's come early."""
     config = saved_config(folder)
-    task = instantiate(config.task)
-    model = build_model(config, task, torch.device("cpu"))
-    load_weights(model, load(folder) or {}, folder)
+    _, task, model, *_ = open_run(folder, config)
     blocks = []
     for batch in task.stream("test", 64, config.train.block):
         blocks.append((batch.tokens, batch.reach))

@@ -18,7 +18,6 @@ A gridworld has these instead of a task's streams (stream.py), and grows harder 
 """
 
 import math
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -200,14 +199,11 @@ def view(rows: list[str], row: int, column: int, words: tuple[str, ...]) -> Tens
     return cells.flatten()
 
 
-def play(
-    task: Gridworld, policy: Callable[[Worlds], Tensor] | None = None, steps: int = 200, seed: int = 0
-) -> Iterator[str]:
-    """Frames of one world, and a line at each episode's end; the policy (None: at random) gives an action (1,)."""
-    worlds = task.worlds(1, seed=seed, split="test")
-    chance = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        yield worlds.frame()
-        action = policy(worlds) if policy else torch.randint(task.actions, (1,), generator=chance)
-        if worlds.step(action)[1]:
-            yield "over: " + ", ".join(f"{name} {float(figure):.4g}" for name, figure in worlds.ended.items())
+def noticed(task: Gridworld, observation: Tensor) -> str:
+    """The legend's letter of an object or door among the nine cells of an observation (vocabulary,), else a dot."""
+    cells = observation[: 9 * len(task.words)].view(9, -1)
+    for letter in "rbRB":
+        there = [task.words.index(word) for word in LEGEND[letter].split() if word in task.words]
+        if len(there) == 2 and cells[:, there].all(1).any():
+            return letter
+    return "."

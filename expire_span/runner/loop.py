@@ -12,28 +12,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from ..transformer import Transformer
-from . import checkpoint
-from .build import build_model, prepare
 from .measures import Figures, peak_memory, reset_peak_memory
 from .mirror import mirror
 from .record import (
     append_metrics,
     provenance,
     read_metrics,
-    refuse_other_alphabet,
     truncate_metrics,
     write_alphabet,
     write_diff,
     write_summary,
 )
+from .saved import open_run
 from .schedule import alpha_factor, rate_factor, set_rates
-from .training import Training, kind_of, load_weights
+from .training import Training, kind_of
 
 log = logging.getLogger(__name__)
 
@@ -107,22 +104,14 @@ def interval(training: Training) -> Figures:
 
 def evaluate_run(config: DictConfig, run: Path, folder: Path, command: Sequence[str] = sys.argv) -> Figures:
     """Evaluate the checkpoint of a run folder by its own config, perhaps changed; leave a summary in another folder."""
-    device = prepare(config)
-    content = checkpoint.load(run)
-    if content is None:
-        raise FileNotFoundError(f"evaluate={run} has no checkpoint.pt; name the folder of a run that has saved one")
-    task = instantiate(config.task)
-    refuse_other_alphabet(run, task)
-    model = build_model(config, task, device)
-    load_weights(model, content, run)
+    _, task, model, device, update, blocks = open_run(run, config)
     reset_peak_memory(device)
     figures: Figures = {}
     for split in config.splits:
         figures |= kind_of(task).evaluate(model, task, split, config, device)
     figures |= peak_memory(device)
-    append_metrics(folder / "metrics.jsonl", {"update": content["update"], **figures})
-    summary = protocol(config, task, model, device, content["update"], content["blocks"], figures)
-    write_summary(folder, summary | provenance(command))
+    append_metrics(folder / "metrics.jsonl", {"update": update, **figures})
+    write_summary(folder, protocol(config, task, model, device, update, blocks, figures) | provenance(command))
     return figures
 
 

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .loop import evaluate_run, train
 from .record import lock
+from .saved import saved_config
 from .settings import checked
 
 GROUPS = ("task", "model", "size", "setting", "experiment")
@@ -51,13 +52,6 @@ def job(config: DictConfig) -> None:
             figures = train(config, folder, command)
     for name, figure in figures.items():
         print(f"{name:40} {figure:.5g}")
-
-
-def saved_config(run_folder: Path) -> DictConfig:
-    path = run_folder / ".hydra" / "config.yaml"
-    if not path.exists():
-        raise FileNotFoundError(f"{run_folder} is not a run folder: it has no .hydra/config.yaml")
-    return OmegaConf.load(path)  # type: ignore[return-value]
 
 
 def changed(config: DictConfig, overrides: list[str]) -> DictConfig:
