@@ -6,7 +6,7 @@ import signal
 import statistics
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -33,13 +33,19 @@ from .schedule import alpha_factor, rate_factor, set_rates
 from .training import Training, kind_of
 
 log = logging.getLogger(__name__)
+NOWHERE: Mapping[str, Any] = {}
 
 
-def train(config: DictConfig, folder: Path, command: Sequence[str] = sys.argv) -> Figures:
-    """Train to the end, from the folder's checkpoint if it has one; evaluate; leave a summary. Returns its figures."""
+def train(
+    config: DictConfig, folder: Path, command: Sequence[str] = sys.argv, origin: Mapping[str, Any] = NOWHERE
+) -> Figures:
+    """Train to the end, from the folder's checkpoint if it has one; evaluate; leave a summary. Returns its figures.
+
+    origin: what the summary is to say of where the config's values come from.
+    """
     training = Training(config, folder)
     resumed = training.restore()
-    origin = provenance(command)
+    about = {**provenance(command), **origin}
     write_diff(folder)
     write_alphabet(folder, training.task)
     truncate_metrics(folder / "metrics.jsonl", training.update)
@@ -67,7 +73,7 @@ def train(config: DictConfig, folder: Path, command: Sequence[str] = sys.argv) -
             figures |= training.kind.evaluate(training.forward, training.task, split, config, training.device)
         report(figures)
     model, task, device = training.model, training.task, training.device
-    write_summary(folder, protocol(config, task, model, device, training.update, training.blocks, figures) | origin)
+    write_summary(folder, protocol(config, task, model, device, training.update, training.blocks, figures) | about)
     return figures
 
 
@@ -102,7 +108,13 @@ def interval(training: Training) -> Figures:
     return figures | peak_memory(training.device)
 
 
-def evaluate_run(config: DictConfig, run: Path, folder: Path, command: Sequence[str] = sys.argv) -> Figures:
+def evaluate_run(
+    config: DictConfig,
+    run: Path,
+    folder: Path,
+    command: Sequence[str] = sys.argv,
+    origin: Mapping[str, Any] = NOWHERE,
+) -> Figures:
     """Evaluate the checkpoint of a run folder by its own config, perhaps changed; leave a summary in another folder."""
     _, task, model, device, update, blocks = open_run(run, config)
     reset_peak_memory(device)
@@ -111,7 +123,8 @@ def evaluate_run(config: DictConfig, run: Path, folder: Path, command: Sequence[
         figures |= kind_of(task).evaluate(model, task, split, config, device)
     figures |= peak_memory(device)
     append_metrics(folder / "metrics.jsonl", {"update": update, **figures})
-    write_summary(folder, protocol(config, task, model, device, update, blocks, figures) | provenance(command))
+    about = {**provenance(command), **origin}
+    write_summary(folder, protocol(config, task, model, device, update, blocks, figures) | about)
     return figures
 
 

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .choices import marked
 from .loop import evaluate_run, train
 from .record import lock
 from .saved import saved_config
@@ -42,16 +43,25 @@ def job(config: DictConfig) -> None:
     if config.evaluate is not None:
         source = Path(config.evaluate)
         config = checked(changed(saved_config(source), overrides))
+        trained = OmegaConf.load(source / ".hydra" / "hydra.yaml").hydra
+        origin = origin_of(config, trained, [*trained.overrides.task, *overrides])
         with lock(folder):
-            figures = evaluate_run(config, source, folder, command)
+            figures = evaluate_run(config, source, folder, command, origin)
     else:
         config = checked(config)
+        origin = origin_of(config, hydra_config, overrides)
         if config.wandb.group is None and hydra_config.mode == RunMode.MULTIRUN:
             config.wandb.group = Path(hydra_config.sweep.dir).name
         with lock(folder):
-            figures = train(config, folder, command)
+            figures = train(config, folder, command, origin)
     for name, figure in figures.items():
         print(f"{name:40} {figure:.5g}")
+
+
+def origin_of(config: DictConfig, hydra_config: Any, overrides: list[str]) -> dict[str, Any]:
+    """Which values are our choice, by the marks in the YAML files that Hydra composed."""
+    sources = [f"{source.schema}://{source.path}" for source in hydra_config.runtime.config_sources]
+    return marked(config, hydra_config.runtime.choices, sources, overrides)
 
 
 def changed(config: DictConfig, overrides: list[str]) -> DictConfig:

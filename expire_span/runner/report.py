@@ -160,7 +160,7 @@ def _telling(groups: Sequence[Group]) -> list[str]:
 
     columns = {("updates", tuple(run.settings.get("protocol.updates") for run, *_ in groups)): ""}  # has its own column
     for key in dict.fromkeys(key for run, *_ in groups for key in run.settings):
-        if not explained(key) and key != "protocol.simplifications":  # these are footnotes
+        if not explained(key):
             # One setting often stands in several places: train.block, task.block, protocol.block.
             columns.setdefault((key.rsplit(".")[-1], tuple(run.settings.get(key) for run, *_ in groups)), key)
     return [key for key in columns.values() if key]
@@ -227,7 +227,7 @@ def _names(run: Run, telling: Sequence[str]) -> list[Any]:
 def _notes(group: Group) -> list[str]:
     commits = sorted({str(run.summary.get("commit"))[:10] for run in group})
     mixed = [f"seeds of different commits: {', '.join(commits)}"] if len(commits) > 1 else []
-    return [*(group[0].summary["protocol"].get("simplifications") or []), *mixed]
+    return [*(group[0].summary.get("simplifications") or []), *mixed]
 
 
 def _order(cell: Any) -> tuple[bool, float, str]:

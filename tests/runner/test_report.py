@@ -27,7 +27,7 @@ def run_folder(folder, seed=1, task="copy", model="expire_span", figures=(), con
         "figures": {"test/accuracy": 0.9, "test/memory/size": 16.5, "perf/ms_per_batch": 20.0, **dict(figures)},
         "protocol": {"split": "test", "updates": settings["train"]["updates"], "tokens": 1000 + seed,
                      "batch": settings["train"]["batch"], "max_span": settings["model"]["max_span"],
-                     "seed": seed, "simplifications": [], **dict(protocol)},
+                     "seed": seed, **dict(protocol)},
         "config": settings, **summary,
     })
     return folder
@@ -142,8 +142,8 @@ def test_memory_of_a_card_and_of_a_process_are_not_one_column(tmp_path):
 
 
 def test_simplifications_and_mixed_commits_are_footnotes(tmp_path):
-    run_folder(tmp_path / "a", seed=1, protocol={"simplifications": ["one layer"]})
-    run_folder(tmp_path / "b", seed=2, protocol={"simplifications": ["one layer"]}, commit="decaf")
+    run_folder(tmp_path / "a", seed=1, simplifications=["one layer"])
+    run_folder(tmp_path / "b", seed=2, simplifications=["one layer"], commit="decaf")
     text = report(tmp_path)
     assert rows(text)[0]["model"] == "expire_span [1] [2]"
     assert "1. one layer\n2. seeds of different commits: c0ffee, decaf" in text
