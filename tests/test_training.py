@@ -1,6 +1,8 @@
 """What only training shows. Minutes each: `make test-slow`."""
 
+import hashlib
 import math
+import random
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from expire_span.runner.loop import train
 from expire_span.runner.record import read_metrics
 from expire_span.runner.settings import checked
 from expire_span.runner.training import Training
+from expire_span.tasks import pg19, wikitext103
+from expire_span.tasks.chatter import build_chatter
 
 pytestmark = pytest.mark.slow
 QUIET = ["wandb.mode=disabled", "run.device=cpu", "run.threads=1", "run.progress=false"]
@@ -55,6 +59,42 @@ def test_small_texts_are_learned_and_a_larger_alpha_keeps_fewer_memories(tmp_pat
         assert figures["test/bpb"] < 2.0  # bytes alone, without their neighbours, cost more than 4
         sizes.append(figures["test/memory/size"])
     assert sizes[1] < sizes[0]
+
+
+def chatter(sentences, seed):
+    """Text of a small grammar: of 12 words a sentence 6 are free, which cost a bit a word on average."""
+    choose = random.Random(seed)
+    return [choose.choice(build_chatter(None)["train"]) for _ in range(sentences)]
+
+
+def test_pg19_mini_learns_the_characters_of_a_few_books(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPIRE_SPAN_CACHE", str(tmp_path / "cache"))
+    index = {"train": [], "valid": [], "test": []}
+    for number, split in enumerate(["train"] * 8 + ["validation", "test"]):
+        content = "\r\n".join(chatter(1500, number)).encode()
+        file = tmp_path / split / f"{number}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+        book = pg19.Book(f"{split}/{number}.txt", len(content), hashlib.sha256(content).hexdigest()[:8])
+        index[split.replace("validation", "valid")].append(book)
+    monkeypatch.setattr(pg19, "read_index", lambda: index)
+    books = [f"task.folder={tmp_path}", "task.books=8", "train.updates=300"]
+    figures = train(checked(composed("task=pg19", "model=expire_span", "size=mini", *books, *QUIET)), tmp_path)
+    assert figures["test/bpb"] < 1.0  # one character after another, without what came before them: 4.2
+
+
+def test_wikitext103_mini_learns_which_word_follows_through_the_adaptive_softmax(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPIRE_SPAN_CACHE", str(tmp_path / "cache"))
+    words: dict[str, list[str]] = {}
+    for seed, (split, sentences) in enumerate({"train": 8000, "valid": 400, "test": 400}.items()):
+        lines = chatter(sentences, seed)
+        (tmp_path / f"wiki.{split}.tokens").write_text("".join(f" {line} \n" for line in lines), encoding="utf-8")
+        words[split] = [word for line in lines for word in [*line.split(), "<eos>"]]
+    monkeypatch.setattr(wikitext103, "WORDS", {split: len(part) for split, part in words.items()})
+    monkeypatch.setattr(wikitext103, "TYPES", len(set(words["train"])))
+    small = [f"task.folder={tmp_path}", "transformer.cutoffs=[20,40,60]", "train.updates=300"]
+    figures = train(checked(composed("task=wikitext103", "model=expire_span", "size=mini", *small, *QUIET)), tmp_path)
+    assert figures["test/ppl"] < 3.5  # by frequency alone: 51
 
 
 def test_compiled_training_follows_the_same_losses(tmp_path):
