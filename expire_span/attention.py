@@ -7,7 +7,10 @@
 import torch
 from torch import Tensor
 
-NEVER = 2**40  # an age that no span reaches: what padding has
+from .kernels import operator  # noqa: F401, registers torch.ops.expire_span.attention
+from .kernels.packed_torch import NEVER
+
+FEW = 2**17  # scores
 
 
 def fade(distance: Tensor, span: Tensor, ramp: float) -> Tensor:
@@ -91,14 +94,43 @@ def packed_span_attention(
     bias: Tensor | None = None,
     born: Tensor | None = None,
     dropout: float = 0.0,
+    kernel: str = "auto",
 ) -> Tensor:
     """`span_attention` over packed keys: sample b owns rows offsets[b] to offsets[b + 1]. The one door to faster forms.
 
     query (B, H, T, D); key, value (N, H, D); offsets (B + 1,); age, born (N,); span, bias broadcastable to (N, H);
     position, reach, ramp and dropout as above. Returns (B, H, T, D).
+
+    kernel: "definition" pads and calls it; "torch" and "triton" are fused, keep no (B, H, T, S) tensor, and draw other
+    dropout than the definition does; "auto" takes Triton on CUDA where it is installed, else torch, but the definition
+    on a CPU for a timestep or so without gradient, where every operation costs more than its work.
     """
-    samples, heads, total = len(offsets) - 1, key.shape[1], len(key)
-    samples, heads, total = len(offsets) - 1, key.shape[1], len(key)
+    few = query.device.type == "cpu" and query.shape[1] * query.shape[2] * len(key) <= FEW
+    if kernel == "definition" or (kernel == "auto" and few and not torch.is_grad_enabled()):
+        return padded_span_attention(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout)
+    seed = int(torch.randint(2**31 - 1, ())) if dropout else 0  # on the CPU: no device is waited for
+    arguments = (query, key, value, offsets, age, torch.atleast_2d(span), float(ramp), position, reach)
+    bias = None if bias is None else torch.atleast_2d(bias)
+    out, _ = torch.ops.expire_span.attention(*arguments, bias, born, dropout, seed, kernel)
+    return out
+
+
+def padded_span_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    age: Tensor,
+    span: Tensor,
+    ramp: float,
+    position: Tensor | None,
+    reach: Tensor | None,
+    bias: Tensor | None,
+    born: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """`packed_span_attention` by its definition."""
+    samples, total = len(offsets) - 1, len(key)
     longest = int(offsets.diff().max())
     sample = samples_of(offsets, total)  # (N,)
     slot = sample * longest + torch.arange(total, device=offsets.device) - offsets[sample]  # (N,)
@@ -108,6 +140,7 @@ def packed_span_attention(
         return padded.index_copy(0, slot, packed).unflatten(0, (samples, longest))
 
     def pad_by_head(packed: Tensor) -> Tensor:  # (N or 1, H or 1) -> (B or 1, H or 1, S or 1)
+        packed = torch.atleast_2d(packed)
         return (pad(packed) if len(packed) == total else packed[None]).transpose(1, 2)
 
     return span_attention(
@@ -115,7 +148,7 @@ def packed_span_attention(
         pad(key).transpose(1, 2),
         pad(value).transpose(1, 2),
         age=pad(age, NEVER),
-        span=pad_by_head(span.expand(-1, heads) if span.shape[0] == total else span),
+        span=pad_by_head(span),
         ramp=ramp,
         position=position,
         reach=reach,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, relu
 
-from .attention import fade, packed_span_attention, samples_of
+from .attention import NEVER, fade, packed_span_attention, samples_of
 from .heads import AdaptiveSoftmax, Softmax
 from .memory.mechanism import Mechanism, memory_size, reached
-from .memory.packed import Memory, empty, select
+from .memory.packed import Memory, dense, empty, join, select
 
 State = dict[str, Any]
 
@@ -55,22 +55,15 @@ class MemoryAttention(nn.Module):
         self.value = nn.Linear(hidden_size, hidden_size, bias=False)
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, memory: Memory, span: Tensor, **fading: Any) -> Tensor:
-        """hidden (B, T, d) looks at memory; fading: what `packed_span_attention` takes besides. Returns (B, T, d)."""
-        query, key, value = (
-            linear(rows).unflatten(-1, (self.heads, -1))  # (B, T, H, D), (N, H, D) twice
-            for linear, rows in ((self.query, hidden), (self.key, memory.hidden), (self.value, memory.hidden))
-        )
-        out = packed_span_attention(
-            query.transpose(1, 2),
-            key,
-            value,
-            memory.offsets,
-            span=span,
-            born=memory.born,
-            dropout=self.dropout if self.training else 0.0,
-            **fading,
-        )  # (B, H, T, D)
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, H, D) of hidden states (N, d)."""
+        return self.key(hidden).unflatten(-1, (self.heads, -1)), self.value(hidden).unflatten(-1, (self.heads, -1))
+
+    def forward(self, hidden: Tensor, key: Tensor, value: Tensor, offsets: Tensor, **fading: Any) -> Tensor:
+        """hidden (B, T, d) looks at what `project` gave; the rest as for `packed_span_attention`. Returns (B, T, d)."""
+        query = self.query(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+        rate = self.dropout if self.training else 0.0
+        out = packed_span_attention(query, key, value, offsets, dropout=rate, **fading)  # (B, H, T, D)
         return self.output(out.transpose(1, 2).flatten(2))
 
 
@@ -91,6 +84,15 @@ class Layer(nn.Module):
     def feedforward(self, hidden: Tensor) -> Tensor:
         return self.feedforward_out(dropout(relu(self.feedforward_in(hidden)), self.dropout, self.training))
 
+    def projected(self, memory: Memory) -> Memory:
+        """With the keys, values and spans of what it holds."""
+        if memory.projected is not None:
+            return memory
+        seen = memory._replace(hidden=self.norm_attention(memory.hidden)) if self.pre_norm else memory
+        key, value = self.attention.project(seen.hidden)
+        span = self.memory.span(seen)  # (N or 1, H or 1)
+        return memory._replace(projected=(key, value, span.expand(len(key), -1)))
+
     def forward(
         self,
         hidden: Tensor,
@@ -99,22 +101,32 @@ class Layer(nn.Module):
         position: Tensor,
         reach: Tensor | None,
         episode: Tensor | None,
-    ) -> tuple[Tensor, Memory, dict[str, Tensor]]:
-        """hidden (B, T, d), whose first timestep is `now`; reach (B, T): what is seen; episode (B, T): what is kept."""
+    ) -> tuple[Tensor, Memory, Tensor, dict[str, Tensor]]:
+        """hidden (B, T, d), whose first timestep is `now`; reach (B, T): what is seen; episode (B, T): what is kept.
+
+        Returns the layer's output (B, T, d), all that it could see (N rows), which of them are kept (N,), and figures.
+        """
         samples, block, _ = hidden.shape
-        entries = self.memory.extend(memory, hidden, now + torch.arange(block, device=hidden.device))  # N rows
+        time = now + torch.arange(block, device=hidden.device)  # (T,)
+        old, pooled, new = self.projected(memory), self.memory.pool(memory, time), self.projected(dense(hidden, time))
+        if pooled is not None:
+            old = join(old, self.projected(pooled))
+        entries = join(old, new._replace(hidden=new.hidden.detach()))  # N rows
+        assert entries.projected is not None
+        key, value, span = entries.projected  # (N, H, D) twice, (N, H or 1)
         sample, age = samples_of(entries.offsets, len(entries.time)), now - entries.time  # (N,)
 
-        seen = entries._replace(hidden=self.norm_attention(entries.hidden)) if self.pre_norm else entries
-        span = self.memory.span(seen)  # (N or 1, H or 1)
         attended = self.attention(
             self.norm_attention(hidden) if self.pre_norm else hidden,
-            seen,
-            span,
+            key,
+            value,
+            entries.offsets,
             age=age,
+            span=span,
             ramp=self.memory.ramp,
             position=self.memory.spread(position[: self.memory.positions]),
             reach=reach,
+            born=entries.born,
         )
         if self.pre_norm:
             hidden = hidden + attended
@@ -127,6 +139,7 @@ class Layer(nn.Module):
         loss = self.memory.loss(span, nearest, farthest, samples, block)
         with torch.no_grad():
             kept = (fade((age + block)[:, None], span, self.memory.ramp) > 0).any(-1)  # (N,)
+            kept = kept & (entries.born < NEVER)
             if episode is not None:
                 kept = kept & (age + block - 1 <= episode[:, -1][sample])  # an earlier episode's never come back
             fresh = (entries.time >= now)[:, None]
@@ -134,9 +147,8 @@ class Layer(nn.Module):
                 "size": memory_size(span, self.memory.ramp, nearest, farthest, samples * block),
                 "span": (span * fresh).sum(0).mean() / (samples * block),
             }
-            carried = select(entries._replace(hidden=entries.hidden.detach()), kept)
         figures["loss"] = loss
-        return hidden, carried, figures
+        return hidden, entries, kept, figures
 
 
 class Transformer(nn.Module):
@@ -177,6 +189,21 @@ class Transformer(nn.Module):
         now = torch.zeros((), dtype=torch.long, device=self.position.device)
         return {"now": now, "layers": [empty(samples, self.config.hidden_size, self.position) for _ in self.layers]}
 
+    @property
+    def remembers_projections(self) -> bool:
+        """Whether each memory's keys, values and span are made once, when it enters: so while no weight changes."""
+        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+    def weights_version(self) -> int:
+        """Another number after every change of the weights."""
+        return sum(parameter._version for parameter in self.parameters()) if self.remembers_projections else -1
+
+    def known(self, state: State) -> list[Memory]:
+        """The state's memories, with their keys, values and spans where these are still true."""
+        if self.remembers_projections and state.get("weights", -1) == self.weights_version():
+            return state["layers"]
+        return [memory._replace(projected=None) for memory in state["layers"]]
+
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T, d), of tokens (B, T), of F fields a timestep (B, T, F), or of floating bags (B, T, vocabulary)."""
         if tokens.is_floating_point():
@@ -203,21 +230,24 @@ class Transformer(nn.Module):
             limit = torch.randint(self.farthest_drop + 1, (1, 1)).to(hidden.device)  # one for all samples and layers
             reach = limit.expand(samples, block) if reach is None else torch.minimum(reach, limit)
 
-        memories, figures = [], []
-        for layer, memory in zip(self.layers, state["layers"], strict=True):
-            hidden, memory, layer_figures = layer(hidden, memory, state["now"], self.position, reach, episode)
-            memories.append(memory)
-            figures.append(layer_figures)
+        entries, kept, figures = [], [], []
+        for layer, memory in zip(self.layers, self.known(state), strict=True):
+            hidden, seen, which, about = layer(hidden, memory, state["now"], self.position, reach, episode)
+            entries.append(seen if self.remembers_projections else seen._replace(projected=None))
+            kept.append(which)
+            figures.append(about)
+        totals = torch.stack([which.sum() for which in kept]).tolist()  # a device is waited for here, and only here
+        memories = [select(*each) for each in zip(entries, kept, totals, strict=True)]
 
         hidden = dropout(self.norm(hidden), self.config.embedding_dropout, self.training)
-        carried = {"now": state["now"] + block, "layers": memories}
+        carried = {"now": state["now"] + block, "layers": memories, "weights": self.weights_version()}
         return self.output(hidden), carried, summed_up(figures, memories)
 
 
 def summed_up(figures: list[dict[str, Tensor]], memories: list[Memory]) -> dict[str, Any]:
     """The layers' figures as the model's: the loss summed, sizes and spans meaned, bytes of carried state a stream."""
     sizes = [each["size"] for each in figures]
-    state_bytes = sum(tensor.numel() * tensor.element_size() for memory in memories for tensor in memory)
+    state_bytes = sum(tensor.numel() * tensor.element_size() for memory in memories for tensor in memory[:4])
     return {
         "span_loss": torch.stack([each["loss"] for each in figures]).sum(),
         "memory/size": torch.stack(sizes).mean(),

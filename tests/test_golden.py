@@ -63,6 +63,12 @@ def test_spans_fade_and_span_loss():
     assert_equal("gradient of b", memory.bias.grad, g.grad_bias.squeeze())
 
 
+def attended(attention, block, entries, span, **fading):
+    """The block's attention to all entries, its own states among them."""
+    key, value = attention.project(entries.hidden)
+    return attention(block, key, value, entries.offsets, span=span, born=entries.born, **fading)
+
+
 @pytest.fixture(params=["ours", "with their epsilon"])
 def tolerance(request, monkeypatch):
     """Their softmax over faded scores adds 1e-8 to its denominator: with that alone added, all agrees to 1e-10."""
@@ -79,7 +85,7 @@ def test_expire_span_attention(tolerance):
     remembered, block = g.memory.requires_grad_(), g.block.requires_grad_()
     entries = packed(torch.cat([remembered, block], 1), g.ages.long())
     span = memory.span(entries)
-    out = attention(block, entries, span, age=-entries.time, ramp=g.ramp, position=position)
+    out = attended(attention, block, entries, span, age=-entries.time, ramp=g.ramp, position=position)
     assert_equal("out", out, g.out, tolerance)
     loss = losses(memory, entries, span, 4)
     assert_equal("loss", loss, g.loss)
@@ -95,7 +101,8 @@ def test_fixed_span_attention():
     position = nearest_first(g.key_pe).requires_grad_()
     remembered, block = g.memory.requires_grad_(), g.block.requires_grad_()
     entries = join(packed(remembered, torch.arange(16, 0, -1).expand(2, -1)), dense(block, torch.arange(4)))
-    out = attention(block, entries, memory.span(entries), age=-entries.time, ramp=memory.ramp, position=position)
+    span, age = memory.span(entries), -entries.time
+    out = attended(attention, block, entries, span, age=age, ramp=memory.ramp, position=position)
     assert_equal("out", out, g.out)
     (out * g.upstream).sum().backward()
     assert_gradients(g, attention, position, memory=remembered, block=block)
@@ -112,9 +119,9 @@ def test_compressive_attention_and_what_it_keeps():
         packed(compressed, pooled_age.expand(2, -1), born=L + 1),
         packed(remembered, torch.arange(L, 0, -1).expand(2, -1)),
     )
-    entries = memory.extend(state, block, torch.arange(4))
+    entries = join(join(state, memory.pool(state, torch.arange(4))), dense(block, torch.arange(4)))
     span, age = memory.span(entries), -entries.time
-    out = attention(block, entries, span, age=age, ramp=memory.ramp, position=memory.spread(position))
+    out = attended(attention, block, entries, span, age=age, ramp=memory.ramp, position=memory.spread(position))
     assert_equal("out", out, g.out)
     (out * g.upstream).sum().backward()
     assert_gradients(g, attention, position, memory=remembered, compressed=compressed, block=block)

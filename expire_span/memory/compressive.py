@@ -8,9 +8,9 @@
 import torch
 from torch import Tensor
 
-from ..attention import samples_of
+from ..attention import NEVER, samples_of
 from .mechanism import Mechanism
-from .packed import Memory, dense, join, select
+from .packed import Memory, dense
 
 
 class Compressive(Mechanism):
@@ -25,9 +25,9 @@ class Compressive(Mechanism):
         super().__init__(max_span, ramp=1, positions=max_span + compressed + 1)
         self.compressed, self.rate = compressed, rate
 
-    def extend(self, memory: Memory, hidden: Tensor, time: Tensor) -> Memory:
-        """Pools what is about to leave: the groups of c whose oldest state leaves the last L during this block."""
-        samples, block, size = hidden.shape
+    def pool(self, memory: Memory, time: Tensor) -> Memory:
+        """Of what is about to leave: the groups of c whose oldest state leaves the last L during this block."""
+        samples, block, size = len(memory.offsets) - 1, len(time), memory.hidden.shape[1]
         if block > self.max_span or (block % self.rate and block + self.rate - 1 > self.max_span):
             raise ValueError(
                 f"model.max_span={self.max_span} is too short for blocks of {block} timesteps, since what is pooled "
@@ -44,7 +44,7 @@ class Compressive(Mechanism):
         starts = oldest + torch.arange(groups, device=time.device) * self.rate  # (groups,)
         whole = (count == self.rate) & (starts < time[0] - self.max_span + block).repeat(samples)
         pooled = dense((total / self.rate).unflatten(0, (samples, groups)), starts - 1, born=self.max_span + 1)
-        return super().extend(join(memory, select(pooled, whole)), hidden, time)
+        return pooled._replace(born=pooled.born.where(whole, NEVER))  # not whole: never seen, and deleted with the rest
 
     def spread(self, position: Tensor) -> Tensor:
         """The L rows of single distances, then each pooled slot's row for the c distances that it stands for."""

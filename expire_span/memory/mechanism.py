@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .packed import Memory, dense, join
+from .packed import Memory
 
 
 class Mechanism(nn.Module):
@@ -27,9 +27,9 @@ class Mechanism(nn.Module):
             raise ValueError(f"model.positions must not be negative (timesteps), got {positions}; 0 tells no distance")
         self.max_span, self.ramp, self.positions = max_span, ramp, positions
 
-    def extend(self, memory: Memory, hidden: Tensor, time: Tensor) -> Memory:
-        """The memories that the block can see: hidden (B, T, d) made at time (T,) joins the older ones."""
-        return join(memory, dense(hidden, time))
+    def pool(self, memory: Memory, time: Tensor) -> Memory | None:
+        """Further memories, made out of those that there are, for the block of timesteps `time` (T,) and later ones."""
+        return None
 
     def spread(self, position: Tensor) -> Tensor:
         """(positions, D) -> (n, D), whose row j is the term of distance j + 1."""

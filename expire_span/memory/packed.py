@@ -5,7 +5,7 @@
     0               7          9       13     offsets (B + 1,)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class Memory(NamedTuple):
     time: Tensor  # (N,) int64: the timestep at which each was made
     born: Tensor  # (N,) int64: the least distance at which it is seen: 1, or more for one pooled out of others
     offsets: Tensor  # (B + 1,) int64: sample b owns rows offsets[b] to offsets[b + 1]
+    projected: tuple[Tensor, ...] | None = None  # keys and values (N, H, D), and spans (N, H or 1), if already known
 
 
 def empty(samples: int, hidden_size: int, like: Tensor) -> Memory:
@@ -35,19 +36,43 @@ def dense(hidden: Tensor, time: Tensor, born: int = 1) -> Memory:
     return Memory(hidden.flatten(0, 1), time.repeat(samples), time.new_full((samples * each,), born), offsets)
 
 
+class Interleave(torch.autograd.Function):
+    """first (n, ...) and second (m, ...) as one (n + m, ...) in another order; a gradient is only looked up."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.first = len(first)
+        return torch.cat([first, second]).index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        parts = zip((place[: ctx.first], place[ctx.first :]), ctx.needs_input_grad, strict=False)
+        return *(gradients[0].index_select(0, part) if needed else None for part, needed in parts), None, None
+
+
 def join(first: Memory, second: Memory) -> Memory:
     """Each sample's rows of the first, then its rows of the second."""
-    total, more = len(first.time), len(second.time)
-    place_first = torch.arange(total, device=first.time.device) + second.offsets[samples_of(first.offsets, total)]
-    place_second = torch.arange(more, device=first.time.device) + first.offsets[1:][samples_of(second.offsets, more)]
-    place = torch.cat([place_first, place_second])  # (N,)
-    order = torch.empty_like(place).index_copy(0, place, torch.arange(total + more, device=place.device))
-    hidden, time, born = (torch.cat(pair)[order] for pair in zip(first[:3], second[:3], strict=True))
-    return Memory(hidden, time, born, first.offsets + second.offsets)
+    n, m = len(first.time), len(second.time)
+    steps = torch.arange(n + m, device=first.time.device)
+    after = second.offsets.index_select(0, samples_of(first.offsets, n))  # (n,): rows of the second before these
+    before = first.offsets[1:].index_select(0, samples_of(second.offsets, m))  # (m,)
+    place = torch.cat([steps[:n] + after, steps[:m] + before])  # (n + m,)
+    order = torch.empty_like(place).index_copy_(0, place, steps)
+
+    hidden, time, born = (Interleave.apply(*pair, order, place) for pair in zip(first[:3], second[:3], strict=True))
+    projected = None
+    if first.projected is not None and second.projected is not None:
+        pairs = zip(first.projected, second.projected, strict=True)
+        projected = tuple(Interleave.apply(*pair, order, place) for pair in pairs)
+    return Memory(hidden, time, born, first.offsets + second.offsets, projected)
 
 
-def select(memory: Memory, kept: Tensor) -> Memory:
-    """Only the rows where kept (N,) is true; the others are gone for good."""
-    rows = kept.nonzero().squeeze(-1)
+def select(memory: Memory, kept: Tensor, total: int | None = None) -> Memory:
+    """Only the rows where kept (N,) is true; the others are gone for good. total: how many, where that is known."""
+    rows = (kept.nonzero() if total is None else kept.nonzero_static(size=total)).squeeze(-1)
     offsets = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])[memory.offsets]
-    return Memory(memory.hidden[rows], memory.time[rows], memory.born[rows], offsets)
+    hidden, time, born = (part.index_select(0, rows) for part in memory[:3])
+    projected = None if memory.projected is None else tuple(part.index_select(0, rows) for part in memory.projected)
+    return Memory(hidden, time, born, offsets, projected)

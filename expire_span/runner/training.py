@@ -49,7 +49,7 @@ class Training:
             "source": self.source.state_dict(),
             "task": self.task.state_dict() if hasattr(self.task, "state_dict") else {},
             "now": self.state["now"],
-            "layers": [tuple(memory) for memory in self.state["layers"]],
+            "layers": [tuple(memory[:4]) for memory in self.state["layers"]],
             "meter": self.meter.values(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],

@@ -1,0 +1,116 @@
+"""The fused forms of packed attention as one operator with a gradient, which torch.compile passes through."""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import packed_torch
+
+
+def form(kernel: str, like: Tensor) -> Any:
+    """The module with `forward` and `backward`. Raises ValueError where there is none of that name."""
+    if kernel == "torch" or (kernel == "auto" and like.device.type != "cuda"):
+        return packed_torch
+    if kernel in ("auto", "triton"):
+        try:
+            packed_triton = import_module(".packed_triton", __package__)
+        except ImportError:
+            packed_triton = None
+        if packed_triton is not None and packed_triton.available():
+            return packed_triton
+        if kernel == "auto":
+            return packed_torch
+        raise ValueError("kernel='triton' needs CUDA and Triton, or its interpreter (TRITON_INTERPRET=1)")
+    raise ValueError(f"kernel must be auto, torch, triton or definition, got {kernel!r}")
+
+
+@custom_op("expire_span::attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    age: Tensor,
+    span: Tensor,
+    ramp: float,
+    position: Tensor | None,
+    reach: Tensor | None,
+    bias: Tensor | None,
+    born: Tensor | None,
+    dropout: float,
+    seed: int,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, T, D), and what the backward pass of the form wants besides."""
+    given = (query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed)
+    with torch.autocast(query.device.type, enabled=False):
+        return form(kernel, query).forward(*given)
+
+
+@custom_op("expire_span::attention_backward", mutates_args=())
+def attention_backward(
+    gradient: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    age: Tensor,
+    span: Tensor,
+    ramp: float,
+    position: Tensor | None,
+    reach: Tensor | None,
+    bias: Tensor | None,
+    born: Tensor | None,
+    dropout: float,
+    seed: int,
+    kernel: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of query, key, value, span, position and bias; empty where not needed."""
+    given = (query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed)
+    with torch.autocast(query.device.type, enabled=False):
+        found = form(kernel, query).backward(gradient, out, lse, *given, needs)
+    return [query.new_empty(0) if each is None else each for each in found]
+
+
+@attention.register_fake
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    samples, heads, block, size = query.shape
+    out = query.new_empty(samples, block, heads, size).transpose(1, 2)
+    return out, query.new_empty(samples, heads, block, dtype=torch.float32)
+
+
+@attention_backward.register_fake
+def _(gradient: Tensor, out: Tensor, lse: Tensor, query, key, value, offsets, age, span, ramp, position, *rest: Any):
+    bias, needs = rest[1], rest[-1]
+    wanted = (query, key, value, span, position, bias)
+    return [torch.empty_like(like) if need else query.new_empty(0) for like, need in zip(wanted, needs, strict=True)]
+
+
+def setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    (query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed, kernel) = inputs
+    out, lse = output
+    ctx.save_for_backward(out, lse, query, key, value, offsets, age, span, position, reach, bias, born)
+    ctx.others = ramp, dropout, seed, kernel
+    ctx.set_materialize_grads(False)
+
+
+def gradients(ctx: Any, gradient: Tensor | None, of_lse: None) -> tuple:
+    if gradient is None:
+        return (None,) * 14
+    out, lse, query, key, value, offsets, age, span, position, reach, bias, born = ctx.saved_tensors
+    ramp, dropout, seed, kernel = ctx.others
+    by_input = ctx.needs_input_grad
+    needs = [by_input[number] for number in (0, 1, 2, 5, 7, 9)]
+    given = (query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed, kernel)
+    found = torch.ops.expire_span.attention_backward(gradient, out, lse, *given, needs)
+    q, k, v, s, p, b = (each if need else None for each, need in zip(found, needs, strict=True))
+    return q, k, v, None, None, s, None, p, None, b, None, None, None, None
+
+
+attention.register_autograd(gradients, setup_context=setup)
