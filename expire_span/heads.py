@@ -20,6 +20,10 @@ class Softmax(nn.Linear):
         """Nats of each target: scores (n, classes), targets (n,) -> (n,)."""
         return cross_entropy(at_least_float32(scores), targets, reduction="none")
 
+    def log_p(self, scores: Tensor) -> Tensor:
+        """(..., classes) -> (..., classes): the logarithm of each one's probability."""
+        return at_least_float32(scores).log_softmax(-1)
+
     def best(self, scores: Tensor) -> Tensor:
         """The class with the highest score: (..., classes) -> (...)."""
         return scores.argmax(-1)
@@ -49,6 +53,10 @@ class AdaptiveSoftmax(nn.Module):
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Nats of each target: hidden (n, d), targets (n,) -> (n,)."""
         return -self.softmax(hidden, targets).output
+
+    def log_p(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., vocabulary): the logarithm of each word's probability."""
+        return self.softmax.log_prob(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
 
     def best(self, hidden: Tensor) -> Tensor:
         """The most probable word: (..., d) -> (...)."""

@@ -6,13 +6,42 @@
 Scored is every token but the very first, once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from .stream import IGNORED, Batch
+
+
+def written(task: Any) -> tuple[Callable[[str], list[int]], Callable[[int], bytes]]:
+    """How a task turns text into tokens, and a token into text, in UTF-8: by bytes, characters or words.
+
+    A task with `alphabet`, a string of characters or a list of words, has what its tokens stand for in it; `words` is
+    as good. What it lacks is its last token, or "<unknown>"; one without either is of bytes.
+    Raises ValueError where the task does not predict its own tokens.
+    """
+    known = getattr(task, "alphabet", None) or getattr(task, "words", None)
+    if task.classes != task.vocabulary or (known is None and task.vocabulary != 256):
+        raise ValueError(f"task {type(task).__name__} is not one of text, which alone can be written on")
+    if known is None:
+        return lambda text: list(text.encode()), lambda token: bytes([token])
+    number = {each: token for token, each in enumerate(known)}
+    if isinstance(known, str):
+        return (
+            lambda text: [number.get(character, len(known)) for character in text],
+            lambda token: (known[token] if token < len(known) else "\N{REPLACEMENT CHARACTER}").encode(),
+        )
+    unknown = number.get("<unk>", number.get("<unknown>", 0))
+    end = "<eos>" if "<eos>" in number else "\n"
+
+    def encode(text: str) -> list[int]:
+        lines = [line.split() for line in text.split("\n")]
+        words = [word for line in lines[:-1] for word in [*line, end]] + lines[-1]
+        return [number.get(word, unknown) for word in words]
+
+    return encode, lambda token: (b"\n" if known[token] == end else f"{known[token]} ".encode())
 
 
 class TokenStream:
