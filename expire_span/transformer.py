@@ -47,6 +47,8 @@ class TransformerConfig:
 class MemoryAttention(nn.Module):
     """Multi-head attention to packed memories, with one table of relative positions for all heads."""
 
+    kernel = "auto"  # of `packed_span_attention`
+
     def __init__(self, hidden_size: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -63,7 +65,8 @@ class MemoryAttention(nn.Module):
         """hidden (B, T, d) looks at what `project` gave; the rest as for `packed_span_attention`. Returns (B, T, d)."""
         query = self.query(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
         rate = self.dropout if self.training else 0.0
-        out = packed_span_attention(query, key, value, offsets, dropout=rate, **fading)  # (B, H, T, D)
+        fading |= {"dropout": rate, "kernel": self.kernel}
+        out = packed_span_attention(query, key, value, offsets, **fading)  # (B, H, T, D)
         return self.output(out.transpose(1, 2).flatten(2))
 
 

@@ -45,7 +45,7 @@ class ExpireSpan(Mechanism):
 
     def span(self, memory: Memory) -> Tensor:
         with torch.autocast(memory.hidden.device.type, enabled=False):  # a timestep in 64k is finer than bf16
-            logit = (memory.hidden.to(self.weight.dtype) / self.pre_div) @ self.weight + self.bias  # (N,)
+            logit = memory.hidden.to(self.weight.dtype) @ (self.weight / self.pre_div) + self.bias  # (N,)
         return self.max_span * torch.sigmoid(logit)[:, None]  # (N, 1)
 
     def loss(self, span: Tensor, nearest: Tensor, farthest: Tensor, samples: int, block: int) -> Tensor:

@@ -42,7 +42,7 @@ def attention_by_loops(
 def packed_by_loops(epsilon: float = 0.0):
     """What stands in for `packed_span_attention`: each sample by nested loops."""
 
-    def attend(query, key, value, offsets, *, age, span, ramp, position, born, reach=None, dropout=0.0):
+    def attend(query, key, value, offsets, *, age, span, ramp, position, born, reach=None, dropout=0.0, kernel="auto"):
         assert reach is None
         assert dropout == 0
         heads, out = key.shape[1], []
