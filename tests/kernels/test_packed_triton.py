@@ -188,6 +188,11 @@ def test_half_precision_is_close(dtype):
     assert_as_defined(drawn(heads=1, dtype=dtype), tolerance=2e-2)
 
 
+def test_the_last_row_of_the_table_counts_where_it_alone_is_reached():
+    inputs = drawn(lengths=(3,), steps=1, heads=1, positions=7, reach=False, born=False)
+    assert_as_defined(inputs | {"age": torch.tensor([9, 8, 7], device=DEVICE), "span": inputs["span"].abs() + 9})
+
+
 def test_whole_spans_with_a_hard_edge_and_pooled_memories_that_are_born_late():
     far, rate, steps = 8, 2, 20
     unpooled, pooled = torch.arange(far, -steps, -1), torch.arange(5 * rate + 1, -steps + far, -rate)  # ages
