@@ -76,8 +76,10 @@ class Fading(NamedTuple):
 
 
 def available() -> bool:
-    """Whether the kernels can run here: on a GPU, or in Triton's interpreter."""
-    return kernels is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
+    """Whether the kernels can run here: on a GPU that Triton has matrix products for, or in Triton's interpreter."""
+    if kernels is None or os.environ.get("TRITON_INTERPRET") == "1":
+        return kernels is not None
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 # fmt: off
@@ -126,9 +128,9 @@ def backward(
             _launch(kernels.backward_keys, BACKWARD_KEYS, **own, **shared, **more)
         if table is not None and d_rel is not None:
             d_rel = d_rel.flatten(0, 2)  # (B' T H, P)
-            d_query[part].flatten(0, 2).addmm_(d_rel, table)
+            d_query[part].flatten(0, 2).add_(_product(d_rel, table))
             if d_position is not None:
-                d_position += d_rel.T @ query[part].flatten(0, 2)
+                d_position += _product(d_rel.T, query[part].flatten(0, 2))
 
     def like(given: Tensor | None, summed: Tensor | None) -> Tensor | None:
         return None if given is None or summed is None else summed.sum_to_size(given.shape).to(given.dtype)
@@ -169,8 +171,14 @@ def _own(part: slice, query: Tensor, offsets: Tensor, fading: Fading, table: Ten
         "query": query[part],
         "offsets": offsets[part.start : part.stop + 1],
         "fading": fading._replace(limit=None if fading.limit is None else fading.limit[part]),
-        "rel": None if table is None else query[part] @ table.T,  # (B', T, H, P)
+        "rel": None if table is None else _product(query[part], table.T),  # (B', T, H, P)
     }
+
+
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    """As it is: autocast would round it, in forward and not in backward, say."""
+    with torch.autocast(first.device.type, enabled=False):
+        return first @ second
 
 
 def _fading(

@@ -282,6 +282,15 @@ def test_dropout_is_another_for_another_seed_and_none_for_the_same():
     assert not torch.equal(first, other)
 
 
+def test_autocast_rounds_nothing():
+    inputs = drawn(steps=3, lengths=(9,), heads=1)
+    out, gradients = computed(inputs)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        same, others = computed(inputs)
+    assert torch.equal(out, same)
+    assert all(torch.equal(gradients[name], others[name]) for name in LEARNED)
+
+
 def test_two_calls_give_the_same_bits():
     inputs = drawn(heads=1) | {"dropout": 0.2}
     (out, gradients), (again, same) = computed(inputs), computed(inputs)
