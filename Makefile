@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SUITABLE = import torch; v = torch.__version__.split("+")[0].split(".")[:2]; raise SystemExit((int(v[0]), int(v[1])) < (2, 11))
 
-.PHONY: setup demo test test-slow check clean
+.PHONY: setup demo test test-slow check bench clean
 
 setup: .venv/ready
 
@@ -24,11 +24,21 @@ setup: .venv/ready
 	@$(BIN)/python -m pip install -q -c .venv/constraints.txt -e '.[dev]'
 	@touch $@
 
+bench: setup
+	$(BIN)/python scripts/bench.py --preset cpu --folder results/bench
+	$(BIN)/python scripts/bench.py --preset span --repeats 5 --folder results/bench
+
 demo: setup
 	$(BIN)/python scripts/demo.py
 
-test: setup
+test: setup .venv/triton
 	$(BIN)/pytest
+
+# CUDA builds of torch bring Triton along. Beside a CPU build it is for the tests of the kernels, in its interpreter.
+.venv/triton: .venv/ready
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q triton==3.6.0 \
+	  || echo "no Triton here: the tests of its kernels are skipped"
+	@touch $@
 
 test-slow: setup
 	$(BIN)/pytest -m slow --durations=0

@@ -12,7 +12,7 @@ from . import packed_torch
 
 def form(kernel: str, like: Tensor) -> Any:
     """The module with `forward` and `backward`. Raises ValueError where there is none of that name."""
-    if kernel == "torch" or (kernel == "auto" and like.device.type != "cuda"):
+    if kernel == "torch" or (kernel == "auto" and (not like.is_cuda or like.dtype == torch.float64)):
         return packed_torch
     if kernel in ("auto", "triton"):
         try:
@@ -23,7 +23,7 @@ def form(kernel: str, like: Tensor) -> Any:
             return packed_triton
         if kernel == "auto":
             return packed_torch
-        raise ValueError("kernel='triton' needs CUDA and Triton, or its interpreter (TRITON_INTERPRET=1)")
+        raise ValueError("kernel='triton' needs Triton and a CUDA device, or its interpreter (TRITON_INTERPRET=1)")
     raise ValueError(f"kernel must be auto, torch, triton or definition, got {kernel!r}")
 
 

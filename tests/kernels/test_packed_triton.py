@@ -9,8 +9,9 @@ import torch
 from tolerance import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expire_span import Compressive, span_attention
-from expire_span.memory.packed import empty
+from expire_span import Compressive, ExpireSpan, Transformer, TransformerConfig, span_attention
+from expire_span.memory.packed import dense, empty, join
+from expire_span.transformer import MemoryAttention
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -212,7 +213,7 @@ def test_no_query_sees_two_of_compressives_memories_at_one_distance():
     model, block, now, memory = Compressive(max_span=7, compressed=5, rate=3), 4, 0, empty(2, 1, torch.zeros(1))
     for _ in range(12):
         time = now + torch.arange(block)
-        memory = model.extend(memory, torch.zeros(2, block, 1), time)
+        memory = join(join(memory, model.pool(memory, time)), dense(torch.zeros(2, block, 1), time))
         now += block
         distance = (time[:, None] - memory.time)[:, : int(memory.offsets[1])]  # (T, S), the first sample's
         span, born = (rows[: int(memory.offsets[1])] for rows in (model.span(memory)[:, 0], memory.born))
@@ -324,3 +325,26 @@ def test_without_triton_they_are_not_available(monkeypatch):
     assert packed_triton.available()
     monkeypatch.setattr(packed_triton, "kernels", None)
     assert not packed_triton.available()
+
+
+def test_a_model_computes_the_same_with_the_kernels_as_without(monkeypatch):
+    """The one door, end to end: a layer's attention by Triton, in training and in evaluation."""
+    torch.manual_seed(0)
+    config = TransformerConfig(vocabulary=11, hidden_size=32, heads=2, feedforward_size=32)
+    model = Transformer(config, [ExpireSpan(32, 40, 4.0, 0.1, positions=8, init=0.4) for _ in range(2)]).to(DEVICE)
+    for mechanism in model.mechanisms:
+        torch.nn.init.normal_(mechanism.weight)
+    tokens = torch.randint(11, (2, 5 * 8), device=DEVICE)
+    found = {}
+    for kernel in ("triton", "definition"):
+        monkeypatch.setattr(MemoryAttention, "kernel", kernel)
+        state, outputs = model.initial_state(2), []
+        model.zero_grad()
+        for block in tokens.split(8, 1):
+            out, state, figures = model(block, state)
+            (out.square().mean() + figures["span_loss"]).backward()
+            outputs.append(out.detach())
+        found[kernel] = [torch.cat(outputs, 1), *(parameter.grad.clone() for parameter in model.parameters())]
+    names = ["scores", *(name for name, _ in model.named_parameters())]
+    for name, ours, reference in zip(names, found["triton"], found["definition"], strict=True):
+        assert_equal(name, ours, reference, 1e-4)
