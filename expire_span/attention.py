@@ -10,6 +10,7 @@ from torch import Tensor
 from .kernels import operator  # noqa: F401, registers torch.ops.expire_span.attention
 from .kernels.packed_torch import NEVER
 
+KERNELS = ("auto", "torch", "triton", "definition")
 FEW = 2**17  # scores
 
 

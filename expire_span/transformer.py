@@ -7,8 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, relu
+from torch.utils.checkpoint import checkpoint
 
-from .attention import NEVER, fade, packed_span_attention, samples_of
+from .attention import KERNELS, NEVER, fade, packed_span_attention, samples_of
 from .heads import AdaptiveSoftmax, Softmax
 from .memory.mechanism import Mechanism, memory_size, reached
 from .memory.packed import Memory, dense, empty, join, select
@@ -25,6 +26,8 @@ class TransformerConfig:
     dropout            share dropped of the attention weights and after the ReLU
     embedding_dropout  share dropped of the embeddings and of the last layer's output
     pre_norm           normalise what enters a sublayer; else what leaves it, after the residual
+    kernel             of the attention, see `packed_span_attention`
+    recompute          keep nothing of a layer for the backward pass but what enters it, and compute it again
     """
 
     vocabulary: int
@@ -36,22 +39,24 @@ class TransformerConfig:
     dropout: float = 0.0
     embedding_dropout: float = 0.0
     pre_norm: bool = False
+    kernel: str = "auto"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.hidden_size % self.heads:
             raise ValueError(
                 f"transformer.heads must divide transformer.hidden_size, got {self.heads} heads for {self.hidden_size}"
             )
+        if self.kernel not in KERNELS:
+            raise ValueError(f"transformer.kernel must be one of {', '.join(KERNELS)}, got {self.kernel}")
 
 
 class MemoryAttention(nn.Module):
     """Multi-head attention to packed memories, with one table of relative positions for all heads."""
 
-    kernel = "auto"  # of `packed_span_attention`
-
-    def __init__(self, hidden_size: int, heads: int, dropout: float = 0.0):
+    def __init__(self, hidden_size: int, heads: int, dropout: float = 0.0, kernel: str = "auto"):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.kernel = heads, dropout, kernel
         self.query = nn.Linear(hidden_size, hidden_size, bias=False)
         self.key = nn.Linear(hidden_size, hidden_size, bias=False)
         self.value = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -73,16 +78,15 @@ class MemoryAttention(nn.Module):
 class Layer(nn.Module):
     """Attention to the memories and the block, then feed-forward; afterwards the block joins the memories."""
 
-    def __init__(
-        self, memory: Mechanism, hidden_size: int, heads: int, feedforward_size: int, dropout: float, pre_norm: bool
-    ):
+    def __init__(self, memory: Mechanism, config: TransformerConfig):
         super().__init__()
-        self.memory, self.dropout, self.pre_norm = memory, dropout, pre_norm
-        self.attention = MemoryAttention(hidden_size, heads, dropout)
-        self.feedforward_in = nn.Linear(hidden_size, feedforward_size)
-        self.feedforward_out = nn.Linear(feedforward_size, hidden_size)
-        self.norm_attention = nn.LayerNorm(hidden_size)
-        self.norm_feedforward = nn.LayerNorm(hidden_size)
+        size = config.hidden_size
+        self.memory, self.dropout, self.pre_norm = memory, config.dropout, config.pre_norm
+        self.attention = MemoryAttention(size, config.heads, config.dropout, config.kernel)
+        self.feedforward_in = nn.Linear(size, config.feedforward_size)
+        self.feedforward_out = nn.Linear(config.feedforward_size, size)
+        self.norm_attention = nn.LayerNorm(size)
+        self.norm_feedforward = nn.LayerNorm(size)
 
     def feedforward(self, hidden: Tensor) -> Tensor:
         return self.feedforward_out(dropout(relu(self.feedforward_in(hidden)), self.dropout, self.training))
@@ -169,9 +173,7 @@ class Transformer(nn.Module):
         if config.cutoffs is None:
             self.embedding = nn.Embedding(config.vocabulary, size)
         self.position = nn.Parameter(torch.empty(max(each.positions for each in memory), size // config.heads))
-        self.layers = nn.ModuleList(
-            Layer(each, size, config.heads, config.feedforward_size, config.dropout, config.pre_norm) for each in memory
-        )
+        self.layers = nn.ModuleList(Layer(each, config) for each in memory)
         self.norm = nn.LayerNorm(size) if config.pre_norm else nn.Identity()
         self.output: Softmax | AdaptiveSoftmax
         if config.cutoffs is None:
@@ -235,7 +237,11 @@ class Transformer(nn.Module):
 
         entries, kept, figures = [], [], []
         for layer, memory in zip(self.layers, self.known(state), strict=True):
-            hidden, seen, which, about = layer(hidden, memory, state["now"], self.position, reach, episode)
+            given = (hidden, memory, state["now"], self.position, reach, episode)
+            if self.config.recompute and torch.is_grad_enabled():
+                hidden, seen, which, about = checkpoint(layer, *given, use_reentrant=False)
+            else:
+                hidden, seen, which, about = layer(*given)
             entries.append(seen if self.remembers_projections else seen._replace(projected=None))
             kept.append(which)
             figures.append(about)

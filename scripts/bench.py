@@ -32,7 +32,6 @@ from expire_span.memory.mechanism import Mechanism
 from expire_span.memory.packed import Memory, dense, join, select
 from expire_span.runner.measures import peak_memory, reset_peak_memory
 from expire_span.runner.record import provenance
-from expire_span.transformer import MemoryAttention
 
 CPU_SIZES = {"layers": 4, "hidden": 128, "heads": 4, "feedforward": 512, "vocabulary": 256, "block": 64, "ramp": 64}
 SIZES = ("layers", "hidden", "heads", "feedforward", "vocabulary", "batch", "block")  # of the cost model
@@ -109,9 +108,10 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(case["threads"])
     torch.manual_seed(0)
     device = torch.device(case["device"])
-    config = TransformerConfig(case["vocabulary"], case["hidden"], case["heads"], case["feedforward"])
+    kernel = "definition" if case["form"] == "definition" else "auto"
+    sizes = (case["vocabulary"], case["hidden"], case["heads"], case["feedforward"])
+    config = TransformerConfig(*sizes, kernel=kernel, recompute=case["recompute"])
     model = Transformer(config, [mechanism(case) for _ in range(case["layers"])]).to(device)
-    MemoryAttention.kernel = {"definition": "definition"}.get(case["form"], "auto")
     if case["form"] == "sdpa":
         transformer.packed_span_attention = lambda *given, kernel, **fading: sdpa(*given, **fading)
     state: dict[str, Any] = {"now": torch.zeros((), dtype=torch.long, device=device)}
@@ -268,7 +268,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
 def cases(options: argparse.Namespace) -> list[dict[str, Any]]:
     common = {"device": options.device, "precision": options.precision, "threads": options.threads}
-    common |= {"repeats": options.repeats, "batch": options.batch}
+    common |= {"repeats": options.repeats, "batch": options.batch, "recompute": options.recompute}
     sizes = CPU_SIZES | {name: value for name in CPU_SIZES if (value := getattr(options, name)) is not None}
     if options.preset == "table4":
         models = ("compressive", "adaptive_span", "expire_span")
@@ -328,6 +328,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--recompute", action="store_true", help="layers again in the backward pass")
     parser.add_argument("--predict", action="store_true", help="operations, bytes and floor by the cost model alone")
     parser.add_argument("--folder", type=Path, help="where NAME.json, NAME.md and, with --preset span, NAME.png go")
     options = parser.parse_args()

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from expire_span import Compressive, ExpireSpan, Transformer, TransformerConfig, span_attention
 from expire_span.memory.packed import dense, empty, join
-from expire_span.transformer import MemoryAttention
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -327,17 +326,18 @@ def test_without_triton_they_are_not_available(monkeypatch):
     assert not packed_triton.available()
 
 
-def test_a_model_computes_the_same_with_the_kernels_as_without(monkeypatch):
+def test_a_model_computes_the_same_with_the_kernels_as_without():
     """The one door, end to end: a layer's attention by Triton, in training and in evaluation."""
     torch.manual_seed(0)
-    config = TransformerConfig(vocabulary=11, hidden_size=32, heads=2, feedforward_size=32)
+    config = TransformerConfig(vocabulary=11, hidden_size=32, heads=2, feedforward_size=32, kernel="triton")
     model = Transformer(config, [ExpireSpan(32, 40, 4.0, 0.1, positions=8, init=0.4) for _ in range(2)]).to(DEVICE)
     for mechanism in model.mechanisms:
         torch.nn.init.normal_(mechanism.weight)
     tokens = torch.randint(11, (2, 5 * 8), device=DEVICE)
     found = {}
     for kernel in ("triton", "definition"):
-        monkeypatch.setattr(MemoryAttention, "kernel", kernel)
+        for layer in model.layers:
+            layer.attention.kernel = kernel
         state, outputs = model.initial_state(2), []
         model.zero_grad()
         for block in tokens.split(8, 1):
