@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import composed, tiny
 
+from expire_span import ExpireSpan, Transformer, TransformerConfig
 from expire_span.runner.loop import train
 from expire_span.runner.record import read_metrics
 from expire_span.runner.settings import checked
@@ -106,6 +107,23 @@ def test_compiled_training_follows_the_same_losses(tmp_path):
         train(tiny(f"run.compile={compiled}", "train.updates=8", "run.log_every=1", "run.precision=float64"), folder)
         curves.append([row["train/loss"] for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row])
     assert curves[1] == pytest.approx(curves[0], rel=1e-6)
+
+
+def test_memories_that_shrink_and_grow_are_not_compiled_again():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    memory = [ExpireSpan(32, 256, 8.0, 1e-5, positions=16, init=0.2) for _ in range(2)]
+    model = Transformer(TransformerConfig(50, 32, 2, 64), memory)
+    for mechanism in model.mechanisms:
+        torch.nn.init.normal_(mechanism.weight)
+    compiled, state, sizes, graphs = torch.compile(model, dynamic=True), model.initial_state(4), set(), []
+    for _ in range(200):
+        scores, state, figures = compiled(torch.randint(50, (4, 16)), state)
+        (scores.logsumexp(-1).mean() + figures["span_loss"]).backward()
+        sizes.add(len(state["layers"][0].time))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(sizes) > 20
+    assert graphs[-1] == graphs[2] <= 4
 
 
 def test_deterministic_training_gives_the_same_weights_twice(tmp_path):

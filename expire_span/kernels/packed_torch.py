@@ -93,9 +93,7 @@ def given(
     if reach is not None:
         seen &= distance <= reach.index_select(0, sample.index_select(0, faded.rows))[:, None]
     m = left.clamp(0, 1).mul_(seen)
-    log_m = torch.where(m > 0, 0.0, -torch.inf).to(dtype)  # a logarithm is slow, and most are these
-    fading = (m > 0) & (m < 1)
-    log_m[fading] = m[fading].log()
+    log_m = m.clamp(min=torch.finfo(dtype).tiny).log_().masked_fill_(m == 0, -torch.inf)  # log(0) itself is slow
     return Given(
         (query / size**0.5).to(dtype),
         key.to(dtype),
