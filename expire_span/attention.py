@@ -133,12 +133,16 @@ def padded_span_attention(
     """`packed_span_attention` by its definition."""
     samples, total = len(offsets) - 1, len(key)
     longest = int(offsets.diff().max())
-    sample = samples_of(offsets, total)  # (N,)
-    slot = sample * longest + torch.arange(total, device=offsets.device) - offsets[sample]  # (N,)
+    alike = samples * longest == total
+    if not alike:
+        sample = samples_of(offsets, total)  # (N,)
+        slot = sample * longest + torch.arange(total, device=offsets.device) - offsets[sample]  # (N,)
 
     def pad(packed: Tensor, filler: float = 0.0) -> Tensor:  # (N, ...) -> (B, S, ...)
-        padded = packed.new_full((samples * longest, *packed.shape[1:]), filler)
-        return padded.index_copy(0, slot, packed).unflatten(0, (samples, longest))
+        if not alike:
+            padded = packed.new_full((samples * longest, *packed.shape[1:]), filler)
+            packed = padded.index_copy(0, slot, packed)
+        return packed.unflatten(0, (samples, longest))
 
     def pad_by_head(packed: Tensor) -> Tensor:  # (N or 1, H or 1) -> (B or 1, H or 1, S or 1)
         packed = torch.atleast_2d(packed)

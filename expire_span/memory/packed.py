@@ -5,6 +5,7 @@
     0               7          9       13     offsets (B + 1,)
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,8 @@ class Interleave(torch.autograd.Function):
 
 def join(first: Memory, second: Memory) -> Memory:
     """Each sample's rows of the first, then its rows of the second."""
+    if len(first.offsets) == 2:  # one sample
+        return put_together(first, second, lambda *pair: torch.cat(pair))
     n, m = len(first.time), len(second.time)
     steps = torch.arange(n + m, device=first.time.device)
     after = second.offsets.index_select(0, samples_of(first.offsets, n))  # (n,): rows of the second before these
@@ -61,16 +64,21 @@ def join(first: Memory, second: Memory) -> Memory:
     place = torch.cat([steps[:n] + after, steps[:m] + before])  # (n + m,)
     order = torch.empty_like(place).index_copy_(0, place, steps)
 
-    hidden, time, born = (Interleave.apply(*pair, order, place) for pair in zip(first[:3], second[:3], strict=True))
+    return put_together(first, second, lambda *pair: Interleave.apply(*pair, order, place))
+
+
+def put_together(first: Memory, second: Memory, rows: Callable[[Tensor, Tensor], Tensor]) -> Memory:
+    hidden, time, born = (rows(*pair) for pair in zip(first[:3], second[:3], strict=True))
     projected = None
     if first.projected is not None and second.projected is not None:
-        pairs = zip(first.projected, second.projected, strict=True)
-        projected = tuple(Interleave.apply(*pair, order, place) for pair in pairs)
+        projected = tuple(rows(*pair) for pair in zip(first.projected, second.projected, strict=True))
     return Memory(hidden, time, born, first.offsets + second.offsets, projected)
 
 
 def select(memory: Memory, kept: Tensor, total: int | None = None) -> Memory:
     """Only the rows where kept (N,) is true; the others are gone for good. total: how many, where that is known."""
+    if total == len(kept):
+        return memory
     rows = (kept.nonzero() if total is None else kept.nonzero_static(size=total)).squeeze(-1)
     offsets = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])[memory.offsets]
     hidden, time, born = (part.index_select(0, rows) for part in memory[:3])
