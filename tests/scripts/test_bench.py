@@ -42,9 +42,10 @@ def test_the_floor_is_the_slower_of_computing_and_moving(cost_model):
 
 
 def test_the_benchmark_tells_a_ratio_and_leaves_its_figures(tmp_path):
-    sizes = ["--layers", "1", "--hidden", "16", "--heads", "2", "--feedforward", "16", "--vocabulary", "9", "--block", "8", "--ramp", "4", "--batch", "2"]
-    how = ["--span", "64", "--kept", "0.5", "--repeats", "2", "--folder", str(tmp_path)]
-    command = [sys.executable, str(SCRIPTS / "bench.py"), *sizes, *how]
+    sizes = {"layers": 1, "hidden": 16, "heads": 2, "feedforward": 16, "vocabulary": 9, "block": 8, "ramp": 4}
+    shape = [f"--{name}={value}" for name, value in sizes.items()]
+    how = ["--batch=2", "--span=64", "--kept=0.5", "--repeats=2", f"--folder={tmp_path}"]
+    command = [sys.executable, str(SCRIPTS / "bench.py"), *shape, *how]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "x fewer saved bytes" in said
     fused, definition = json.loads((tmp_path / "expire_span.json").read_text())["cases"]
