@@ -24,6 +24,7 @@ class TransformerConfig:
     cutoffs            adaptive softmax and input: word numbers from which embeddings get smaller (None: all alike)
     dropout            share dropped of the attention weights and after the ReLU
     embedding_dropout  share dropped of the embeddings and of the last layer's output
+    embedding_init     standard deviation of the embeddings at the start (None: hidden_size ** -0.5); not with cutoffs
     pre_norm           normalise what enters a sublayer; else what leaves it, after the residual
     """
 
@@ -35,6 +36,7 @@ class TransformerConfig:
     cutoffs: Sequence[int] | None = None
     dropout: float = 0.0
     embedding_dropout: float = 0.0
+    embedding_init: float | None = None
     pre_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -42,6 +44,8 @@ class TransformerConfig:
             raise ValueError(
                 f"transformer.heads must divide transformer.hidden_size, got {self.heads} heads for {self.hidden_size}"
             )
+        if self.embedding_init is not None and not self.embedding_init > 0:
+            raise ValueError(f"transformer.embedding_init must be positive, got {self.embedding_init}; or null")
 
 
 class MemoryAttention(nn.Module):
@@ -161,7 +165,8 @@ class Transformer(nn.Module):
         self.output: Softmax | AdaptiveSoftmax
         if config.cutoffs is None:
             self.output = Softmax(size, config.vocabulary if config.classes is None else config.classes)
-            nn.init.normal_(self.embedding.weight, std=size**-0.5)
+            std = size**-0.5 if config.embedding_init is None else config.embedding_init
+            nn.init.normal_(self.embedding.weight, std=std)
         else:
             self.output = AdaptiveSoftmax(size, config.vocabulary, config.cutoffs)
         self.farthest_drop = max(each.max_span if each.random_drop else 0 for each in memory)  # L of the random drop
