@@ -42,6 +42,12 @@ def test_transformer_xl_of_the_same_memory_forgets_most_collisions(tmp_path):
     assert figures["test/error"] > 0.25
 
 
+def test_expire_span_mini_remembers_who_gave_an_instruction(tmp_path):
+    figures = train(checked(composed("task=instruction", "model=expire_span", "size=mini", *QUIET)), tmp_path)
+    assert figures["test/accuracy_distance_128_256"] > 0.3  # guessing who gave it: 0.25 at best
+    assert figures["test/memory/size"] < 64
+
+
 def test_expire_span_mini_finds_the_right_door_of_a_corridor(tmp_path):
     figures = train(checked(composed("task=corridor", "model=expire_span", "size=mini", *QUIET)), tmp_path)
     assert figures["test/rl/success"] > 0.95  # guessing: 0.5
