@@ -25,6 +25,7 @@ class TransformerConfig:
     cutoffs            adaptive softmax and input: word numbers from which embeddings get smaller (None: all alike)
     dropout            share dropped of the attention weights and after the ReLU
     embedding_dropout  share dropped of the embeddings and of the last layer's output
+    embedding_init     standard deviation of the embeddings at the start (None: hidden_size ** -0.5); not with cutoffs
     pre_norm           normalise what enters a sublayer; else what leaves it, after the residual
     kernel             of the attention, see `packed_span_attention`
     recompute          keep nothing of a layer for the backward pass but what enters it, and compute it again
@@ -38,6 +39,7 @@ class TransformerConfig:
     cutoffs: Sequence[int] | None = None
     dropout: float = 0.0
     embedding_dropout: float = 0.0
+    embedding_init: float | None = None
     pre_norm: bool = False
     kernel: str = "auto"
     recompute: bool = False
@@ -49,6 +51,8 @@ class TransformerConfig:
             )
         if self.kernel not in KERNELS:
             raise ValueError(f"transformer.kernel must be one of {', '.join(KERNELS)}, got {self.kernel}")
+        if self.embedding_init is not None and not self.embedding_init > 0:
+            raise ValueError(f"transformer.embedding_init must be positive, got {self.embedding_init}; or null")
 
 
 class MemoryAttention(nn.Module):
@@ -178,7 +182,8 @@ class Transformer(nn.Module):
         self.output: Softmax | AdaptiveSoftmax
         if config.cutoffs is None:
             self.output = Softmax(size, config.vocabulary if config.classes is None else config.classes)
-            nn.init.normal_(self.embedding.weight, std=size**-0.5)
+            std = size**-0.5 if config.embedding_init is None else config.embedding_init
+            nn.init.normal_(self.embedding.weight, std=std)
         else:
             self.output = AdaptiveSoftmax(size, config.vocabulary, config.cutoffs)
         self.farthest_drop = max(each.max_span if each.random_drop else 0 for each in memory)  # L of the random drop

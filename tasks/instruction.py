@@ -30,7 +30,7 @@ from .chatter import build_chatter
 from .light_world import build_map
 from .stream import SPLITS, Batch
 
-ASK, MOVE = 0.25, 0.5  # chances a turn
+MOVE = 0.5  # chance a turn
 UNHEARD = 50  # no utterance comes again among so many
 GROWTH = 1.5  # of the distractors, from stage to stage
 TRIAL = 10_000  # rounds, at most, in which it is found out how often there is talk before an instruction is executed
@@ -54,6 +54,7 @@ class Instruction:
     world               a map of LIGHT's, such as complex_world.json (None: a built-in one), see light_world.py
     chatter             what the dialogue is made of: "light", a file, or None for built-in sentences, see chatter.py
     rooms, agents       only the first so many of the world (None: all)
+    ask                 chance a turn that one who is in the viewer's room gives an instruction (LIGHT: 0.25)
     waiting             instructions that may wait at once (None: one for each agent)
     distractors         mean number of sentences said between an instruction and its execution
     first_distractors   the same in training's beginning, growing up to `distractors` (None: `distractors` at once)
@@ -76,6 +77,7 @@ class Instruction:
         chatter: str | Path | None = None,
         rooms: int | None = None,
         agents: int | None = None,
+        ask: float = 0.25,
         waiting: int | None = None,
         first_distractors: float | None = None,
         bar: float = 0.8,
@@ -85,6 +87,8 @@ class Instruction:
         if not 0 < first_distractors <= distractors:
             limits = f"positive and at most task.distractors={distractors}"
             raise ValueError(f"task.first_distractors must be {limits}, got {first_distractors}")
+        if not 0 < ask <= 1:
+            raise ValueError(f"task.ask is a chance and must be above 0 and at most 1, got {ask}")
         if waiting is not None and waiting < 1:
             raise ValueError(f"task.waiting must be at least 1 instruction, got {waiting}; for no limit use null")
         if evaluation_words < 1:
@@ -93,6 +97,7 @@ class Instruction:
             raise ValueError(f"seed must not be negative, got {seed}")
         self.map = build_map(world, rooms, agents)
         self.seed, self.distractors, self.bar, self.evaluation_words = seed, distractors, bar, evaluation_words
+        self.ask = ask
         self.waiting = len(self.map.agents) if waiting is None else waiting
         self.stage = first_distractors  # mean number of distractors in training from now on
         texts = {split: list(dict.fromkeys(utterances)) for split, utterances in build_chatter(chatter).items()}
@@ -169,7 +174,7 @@ class World:
                     self.room[agent] = self.choose(self.map.exits[self.room[agent]])
                     if self.room[agent] == self.room[self.viewer]:
                         self.tell(ARRIVES.format(self.name(agent)))
-            elif not (self.draw() < ASK and self.ask(agent)) and self.draw() < MOVE:
+            elif not (self.draw() < self.task.ask and self.ask(agent)) and self.draw() < MOVE:
                 self.room[agent] = self.choose(self.map.exits[self.room[agent]])
                 self.tell(LEAVES.format(self.name(agent), self.map.rooms[self.room[agent]]))
 

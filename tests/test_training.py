@@ -34,6 +34,25 @@ def test_transformer_xl_of_the_same_memory_stays_near_guessing_beyond_its_reach(
     assert figures["test/accuracy_distance_128_256"] < 0.35  # guessing: 0.25
 
 
+def test_expire_span_mini_remembers_collisions_alone(tmp_path):
+    config = checked(composed("task=collision", "model=expire_span", "size=mini", *QUIET))
+    figures = train(config, tmp_path)
+    assert figures["test/error"] < 0.1  # guessing: 0.75
+    assert figures["test/memory/size"] < 32
+
+
+def test_transformer_xl_of_the_same_memory_forgets_most_collisions(tmp_path):
+    config = checked(composed("task=collision", "model=trans_xl", "size=mini", "model.max_span=25", *QUIET))
+    figures = train(config, tmp_path)
+    assert figures["test/error"] > 0.25
+
+
+def test_expire_span_mini_remembers_who_gave_an_instruction(tmp_path):
+    figures = train(checked(composed("task=instruction", "model=expire_span", "size=mini", *QUIET)), tmp_path)
+    assert figures["test/accuracy_distance_128_256"] > 0.3  # guessing who gave it: 0.25 at best
+    assert figures["test/memory/size"] < 64
+
+
 def test_expire_span_mini_finds_the_right_door_of_a_corridor(tmp_path):
     figures = train(checked(composed("task=corridor", "model=expire_span", "size=mini", *QUIET)), tmp_path)
     assert figures["test/rl/success"] > 0.95  # guessing: 0.5

@@ -49,6 +49,15 @@ def test_the_fields_of_a_timestep_count_as_the_sum_of_their_embeddings():
     assert_equal("scores", one_field(torch.arange(10).view(2, 5), one_field.initial_state(2))[0], scores)
 
 
+def test_embeddings_begin_with_the_deviation_that_is_asked_for():
+    for asked, expected in ((None, 0.25), (1.0, 1.0)):
+        config = TransformerConfig(4000, 16, 2, 16, embedding_init=asked)
+        model = Transformer(config, [TransXL(8)])
+        assert model.embedding.weight.std().item() == pytest.approx(expected, rel=0.02)
+    with pytest.raises(ValueError, match="embedding_init must be positive"):
+        TransformerConfig(7, 8, 2, 16, embedding_init=0.0)
+
+
 def test_a_token_is_attended_to_by_neither_itself_nor_those_before_it():
     model = Transformer(CONFIG, [TransXL(8)]).eval()
     tokens = torch.randint(7, (1, 6))

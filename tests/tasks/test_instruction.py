@@ -268,6 +268,7 @@ def test_what_is_not_a_map_is_refused_in_one_line(tmp_path, content, message):
     [
         ({"distractors": 0}, "task.first_distractors must be positive"),
         ({"first_distractors": 6}, "task.first_distractors must be .* at most task.distractors=5, got 6"),
+        ({"ask": 0.0}, "task.ask is a chance and must be above 0 and at most 1, got 0.0"),
         ({"waiting": 0}, "task.waiting must be at least 1 instruction, got 0"),
         ({"rooms": 1}, "room 'market square' has no exits"),
         ({"agents": 2}, "has 2 agents with task.agents=2"),
