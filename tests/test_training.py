@@ -35,7 +35,8 @@ def test_transformer_xl_of_the_same_memory_stays_near_guessing_beyond_its_reach(
 
 def test_expire_span_mini_finds_the_right_door_of_a_corridor(tmp_path):
     figures = train(checked(composed("task=corridor", "model=expire_span", "size=mini", *QUIET)), tmp_path)
-    assert figures["test/rl/success_distance_32_64"] > 0.9  # guessing: 0.5
+    assert figures["test/rl/success"] > 0.93
+    assert figures["test/rl/success_distance_32_64"] > 0.8  # guessing: 0.5
     assert figures["test/memory/size"] < 9
 
 
@@ -48,7 +49,7 @@ def test_transformer_xl_of_the_same_memory_guesses_the_door_of_a_long_corridor(t
 
 def test_expire_span_mini_passes_the_portals_to_the_last_room(tmp_path):
     figures = train(checked(composed("task=portal", "model=expire_span", "size=mini", *QUIET)), tmp_path)
-    assert figures["test/rl/success"] > 0.9  # Transformer-XL of the same memory: 0.56 to 0.77
+    assert figures["test/rl/rooms"] > 5.5  # of 6
     assert figures["test/memory/size"] < 9
 
 
