@@ -286,8 +286,8 @@ def cases(options: argparse.Namespace) -> list[dict[str, Any]]:
         table.append(("trans_xl", 1.0, 1024, "sdpa"))
         return [{**common, **sizes, "model": m, "kept": k, "span": s, "form": f} for m, k, s, f in table]
     if options.preset == "span":
-        forms = ("fused", "definition", "sdpa")
-        short = [("trans_xl", 1.0, span, form) for span in (1024, 4096, 16384) for form in forms]
+        short = [("trans_xl", 1.0, span, form) for span in (1024, 4096, 16384) for form in ("fused", "sdpa")]
+        short += [("trans_xl", 1.0, span, "definition") for span in (1024, 4096)]
         long = [("expire_span", 500 / span, span, "fused") for span in (1024, 4096, 16384, 65536, 262_144)]
         also = [("expire_span", 500 / span, span, "definition") for span in (4096, 65536)]
         return [{**common, **sizes, "model": m, "kept": k, "span": s, "form": f} for m, k, s, f in short + long + also]

@@ -30,7 +30,7 @@ def test_the_last_file_that_sets_a_key_decides_and_what_the_user_sets_is_no_choi
     choices = marks("train.clip=0.2", "task.rooms=9", task="portal", size="mini")["choices"]
     assert "train.clip" not in choices["our choice"]
     assert "task.rooms" not in choices["our choice"]
-    assert choices["our choice"]["memory.max_span"] == 64
+    assert "memory.max_span" in choices["our choice"]
     enwik8 = marks(task="enwik8", size="paper")["choices"]
     assert "memory.max_span" not in enwik8["our choice"]  # marked in size/mini, which is not in use
     assert enwik8["the authors' released code"]["memory.random_drop"] is True
