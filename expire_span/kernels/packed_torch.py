@@ -9,7 +9,7 @@ Backward makes a tile's a' again, and from it
     dP = dout v^T     dS = a' (dP - sum a' dP)     dq = dS k + dR p     dk = dS^T q     dv = a'^T dout
     d bias = sum_t dS                  d span = sum_t dS / (m R), over the queries for which m is on the ramp
 
-A tile is one sample with all its keys and some of its queries; or, where these are few, some samples, padded. Only keys
+A tile is one sample with all its keys, and some of its heads; or, where keys are few, some samples, padded. Only keys
 that some query does not see in full, the `faded` ones, have an m; and only those that are `near` have position terms.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 NEVER = 2**40  # an age that no span reaches: what padding has
-TILE = 2**18  # scores worked on at once, at most, which then stay in a cache
+TILE = 2**19  # scores worked on at once, which then stay in a cache; more where one head has more
 SAMPLE = 2**15  # scores of a sample from which it is a tile of its own
 
 
@@ -34,7 +34,7 @@ class Given(NamedTuple):
     bias: Tensor | None  # (N, H or 1)
     ends: list[int]  # offsets
     table: Tensor | None  # (P + 2 T, D): the position terms, the farthest first, between T rows of zeros on each side
-    column: Tensor  # (N,): a key's column in a `Window` of the first query
+    column: Tensor  # (N,): a key's column in a `Window`
     near: "Rows"  # those within the reach of the table
     faded: "Rows"  # those that some query does not see in full
     m: Tensor  # (n, H or 1, T), of the faded ones, for each query; 0 also for what it does not see
@@ -112,14 +112,14 @@ def given(
 
 
 class Tile(NamedTuple):
-    """Samples first to last, their packed rows, and some of the queries."""
+    """Samples first to last, their packed rows, and some of the heads."""
 
     first: int
     last: int
     rows: slice
     longest: int  # keys of a sample, at most
     slots: Tensor | None  # (rows,): where each row stands in (samples, longest); None where nothing is padded
-    queries: slice
+    heads: slice
 
 
 def tiles(ends: list[int], heads: int, block: int, device: torch.device) -> Iterator[Tile]:
@@ -128,7 +128,7 @@ def tiles(ends: list[int], heads: int, block: int, device: torch.device) -> Iter
         last, longest = first + 1, ends[first + 1] - ends[first]
         while last < len(ends) - 1 and heads * block * longest < SAMPLE:
             longer = max(longest, ends[last + 1] - ends[last])
-            if heads * block * longer * (last + 1 - first) > TILE:
+            if heads * block * longer * (last + 1 - first) > TILE // 2:
                 break
             last, longest = last + 1, longer
         rows, slots = slice(ends[first], ends[last]), None
@@ -136,10 +136,9 @@ def tiles(ends: list[int], heads: int, block: int, device: torch.device) -> Iter
             slots = torch.cat([
                 torch.arange(ends[b + 1] - ends[b], device=device) + (b - first) * longest for b in range(first, last)
             ])  # fmt: skip
-        parts = -(-heads * block * longest // (2 * TILE)) if last == first + 1 else 1
-        each = -(-block // max(1, parts))
-        for start in range(0, block if longest else 0, each):
-            yield Tile(first, last, rows, longest, slots, slice(start, min(start + each, block)))
+        each = max(1, min(heads, TILE // max(1, block * longest)))
+        for head in range(0, heads if longest else 0, each):
+            yield Tile(first, last, rows, longest, slots, slice(head, min(head + each, heads)))
         first = last
 
 
@@ -158,6 +157,11 @@ def unpadded(tile: Tile, parts: Tensor) -> Tensor:
     return rows if tile.slots is None else rows.index_select(0, tile.slots)
 
 
+def of_heads(rows: Tensor, tile: Tile) -> Tensor:
+    """(n, H or 1, ...) -> the tile's heads, or the one for all."""
+    return rows[:, tile.heads] if rows.shape[1] > 1 else rows
+
+
 def within(some: Rows, tile: Tile) -> tuple[Tensor, slice]:
     """The tile's share of some rows: where they stand among its keys (G S), and which of them they are."""
     share = slice(some.ends[tile.first], some.ends[tile.last])
@@ -174,17 +178,14 @@ class Window:
 
     def __init__(self, call: Given, tile: Tile):
         assert call.table is not None
-        block, full = tile.queries.stop - tile.queries.start, call.query.shape[2]
-        self.table = call.table[full - block : len(call.table) - full + block]  # (P + 2 T, D)
+        self.table = call.table
         self.grouped = tile.last > tile.first + 1
-        last = len(self.table) - block
         if self.grouped:
-            column = padded(call.column, tile)  # (G, S)
-            self.column = column.sub(tile.queries.start).clamp(0, last)[:, None, None]  # (G, 1, 1, S)
+            self.column = padded(call.column, tile)[:, None, None]  # (G, 1, 1, S)
         else:
             self.key, share = within(call.near, tile)  # (n,)
             rows = call.near.rows[share]
-            self.column = call.column.index_select(0, rows).sub(tile.queries.start).clamp(0, last)  # (n,)
+            self.column = call.column.index_select(0, rows)  # (n,)
             # No index at all where every key is one distance nearer than the one before it.
             together = bool((self.key.diff() == 1).all() & (self.column.diff() == 1).all()) and len(rows) > 0
             self.run = (int(self.key[0]), int(self.column[0]), len(rows)) if together else None
@@ -224,9 +225,9 @@ def weights(call: Given, tile: Tile, query: Tensor, key: Tensor, window: Window 
     if window is not None:
         window.add_to(score, query)
     if call.bias is not None:
-        score += padded(call.bias, tile).transpose(1, 2)[:, :, None]
+        score += of_heads(padded(call.bias, tile).transpose(1, 2), tile)[:, :, None]
     keys, share = within(call.faded, tile)  # (n,)
-    log_m = call.log_m[share, :, tile.queries]  # (n, H or 1, T)
+    log_m = of_heads(call.log_m[share], tile)  # (n, H or 1, T)
     if tile.last == tile.first + 1:
         score.index_add_(-1, keys, log_m.permute(1, 2, 0)[None].expand(*score.shape[:3], -1))
     else:
@@ -259,11 +260,12 @@ def forward(
     out = query.new_zeros(samples, block, heads, size).transpose(1, 2)  # (B, H, T, D)
     generator = chance(dropout, seed, query.device)
     for tile in tiles(call.ends, heads, block, query.device):
-        part = call.query[tile.first : tile.last, :, tile.queries]  # (G, H, T, D)
-        keys, values = (padded(each, tile).transpose(1, 2) for each in (call.key, call.value))  # (G, H, S, D)
+        here = slice(tile.first, tile.last), tile.heads
+        part = call.query[here]  # (G, H, T, D)
+        keys, values = (padded(each, tile).transpose(1, 2)[:, tile.heads] for each in (call.key, call.value))
         weight = weights(call, tile, part, keys, None if call.table is None else Window(call, tile))
         factor = dropped(weight, dropout, generator)
-        out[tile.first : tile.last, :, tile.queries] = (weight if factor is None else weight * factor) @ values
+        out[here] = (weight if factor is None else weight * factor) @ values
     return out, out.new_empty(samples, heads, block, dtype=torch.float32)
 
 
@@ -282,9 +284,9 @@ def backward(
     on_ramp = torch.where((call.m > 0) & (call.left <= 1), (call.m * ramp).reciprocal(), 0.0) if needs[3] else None
     generator = chance(dropout, seed, query.device)
     for tile in tiles(call.ends, heads, block, query.device):
-        here = (slice(tile.first, tile.last), slice(None), tile.queries)
+        here, there = (slice(tile.first, tile.last), tile.heads), (tile.rows, tile.heads)
         part, above = call.query[here], gradient[here]  # (G, H, T, D)
-        keys, values = (padded(each, tile).transpose(1, 2) for each in (call.key, call.value))  # (G, H, S, D)
+        keys, values = (padded(each, tile).transpose(1, 2)[:, tile.heads] for each in (call.key, call.value))
         window = None if call.table is None else Window(call, tile)
         weight = weights(call, tile, part, keys, window)
         weight_grad = above @ values.transpose(-1, -2)  # (G, H, T, S)
@@ -292,18 +294,16 @@ def backward(
         if factor is not None:
             weight_grad *= factor
         used = weight if factor is None else weight * factor
-        grad_value[tile.rows] += unpadded(tile, (used.transpose(-1, -2) @ above).transpose(1, 2))
+        grad_value[there] = unpadded(tile, (used.transpose(-1, -2) @ above).transpose(1, 2))
         score_grad = weight_grad  # (G, H, T, S), in its place
         torch.ops.aten._softmax_backward_data.out(weight_grad, weight, -1, weight.dtype, grad_input=score_grad)
 
         grad_query[here] = score_grad @ keys
-        grad_key[tile.rows] += unpadded(tile, (score_grad.transpose(-1, -2) @ part).transpose(1, 2))
+        grad_key[there] = unpadded(tile, (score_grad.transpose(-1, -2) @ part).transpose(1, 2))
         if window is not None and grad_table is not None:
             terms = window.gradient(score_grad)  # (G, H, T, P + 2 T)
             grad_query[here] += terms @ window.table
-            outside = (len(grad_table) - len(window.table)) // 2
-            inside = grad_table[outside : len(grad_table) - outside]  # (P + 2 T, D)
-            inside += terms.flatten(0, 2).T @ part.flatten(0, 2)
+            grad_table += terms.flatten(0, 2).T @ part.flatten(0, 2)
         if on_ramp is not None:  # 1 / (m R) where m depends on the span, else 0
             faded, share = within(call.faded, tile)
             if tile.last == tile.first + 1:
@@ -312,9 +312,10 @@ def backward(
                 by_key = score_grad.permute(0, 3, 1, 2).flatten(0, 1).index_select(0, faded)  # (n, H, T)
             by_key = by_key if span.shape[1] > 1 else by_key.sum(1, keepdim=True)
             rows = call.faded.rows[share]
-            grad_span.index_add_(0, rows, (by_key * on_ramp[share, :, tile.queries]).sum(-1))
+            of_span = grad_span[:, tile.heads] if span.shape[1] > 1 else grad_span  # (N, H or 1)
+            of_span.index_add_(0, rows, (by_key * of_heads(on_ramp[share], tile)).sum(-1))
         if needs[5]:
-            grad_bias[tile.rows] += unpadded(tile, score_grad.sum(-2).transpose(1, 2))
+            grad_bias[there] = unpadded(tile, score_grad.sum(-2).transpose(1, 2))
 
     found = [grad_query / size**0.5, grad_key, grad_value, grad_span.sum_to_size(span.shape), None, None]
     if position is not None:

@@ -43,7 +43,7 @@ def with_gradients(inputs, fixed, **how):
     return out, torch.autograd.grad((out * weight).sum(), list(inputs.values()))
 
 
-TILES = {"one sample a tile": (10**6, 1), "all samples in one": (10**6, 10**6), "a query a tile": (1, 1)}
+TILES = {"one sample a tile": (10**6, 1), "all samples in one": (10**6, 10**6), "a head a tile": (1, 1)}
 
 
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES.keys())
