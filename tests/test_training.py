@@ -47,6 +47,13 @@ def test_transformer_xl_of_the_same_memory_forgets_most_collisions(tmp_path):
     assert figures["test/error"] > 0.25
 
 
+def test_expire_span_mini_remembers_the_last_collisions_without_colours(tmp_path):
+    config = checked(composed("task=collision_easy", "model=expire_span", "size=mini", *QUIET))
+    figures = train(config, tmp_path)
+    assert figures["test/error"] < 0.35  # guessing: 0.75
+    assert figures["test/memory/size"] < 32
+
+
 def test_expire_span_mini_remembers_who_gave_an_instruction(tmp_path):
     figures = train(checked(composed("task=instruction", "model=expire_span", "size=mini", *QUIET)), tmp_path)
     assert figures["test/accuracy_distance_128_256"] > 0.3  # guessing who gave it: 0.25 at best
