@@ -338,7 +338,14 @@ def main() -> None:
         for case in chosen:
             print(predicted(case, H100))
         return
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2)]
+    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.device}, {options.threads} thread"
+    first = chosen[0]
+    lines = [
+        f"A training step on {device}: {first['batch']} streams in blocks of {first['block']}, {first['precision']}; "
+        f"{first['layers']} layers of d {first['hidden']}.",
+        "",
+    ]
+    lines += ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2)]
     print("\n".join(lines))
     found = []
     for case in chosen:
@@ -346,13 +353,12 @@ def main() -> None:
         lines.append(row(found[-1]))
         print(lines[-1], flush=True)
     lines += ["", *(f"- {each}" for each in ratios(found))]
-    print("\n".join(lines[len(chosen) + 2 :]))
+    print("\n".join(lines[len(chosen) + 4 :]))
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
         path = options.folder / (options.preset or options.model)
-        device = torch.cuda.get_device_name() if options.device == "cuda" else options.device
         about = provenance(sys.argv)
-        lines += ["", f"Device: {device}, {options.threads} thread. {json.dumps(about['versions'])}, {about['commit']}"]
+        lines += ["", f"`{about['command']}`, {json.dumps(about['versions'])}, commit {about['commit']}"]
         path.with_suffix(".md").write_text("\n".join(lines) + "\n")
         path.with_suffix(".json").write_text(json.dumps({"about": about, "device": device, "cases": found}, indent=1))
         if options.preset == "span":
