@@ -240,30 +240,40 @@ def ratios(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+NAMES = {"trans_xl": "Transformer-XL", "expire_span": "Expire-Span", "adaptive_span": "Adaptive-Span"}
+NAMES["compressive"] = "Compressive"
+FORMS = {"fused": "fused", "definition": "plain definition", "sdpa": "torch's own attention, no positions"}
+
+
 def draw(found: list[dict[str, Any]], path: Path) -> None:
     """Time and bytes saved for backward, against the span."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     curves: dict[str, list[dict[str, Any]]] = {}
     for each in found:
-        few = f", {round(each['survivors'], -1):.0f} survivors" if each["model"] == "expire_span" else ""
-        curves.setdefault(f"{each['model']}{few} ({each['form']})", []).append(each)
-    for name, points in curves.items():
+        few = f", about {round(each['survivors'], -2):.0f} survivors" if each["model"] == "expire_span" else ""
+        curves.setdefault(f"{NAMES[each['model']]}{few}: {FORMS[each['form']]}", []).append(each)
+    for name, points in sorted(curves.items()):
         points.sort(key=lambda each: each["span"])
         spans = [each["span"] for each in points]
+        style = {"color": "#d1495b" if name.startswith("Expire") else "#2b6777", "label": name}
+        style |= {"linestyle": dict(zip(FORMS, ("-", ":", "--"), strict=True))[points[0]["form"]]}
         for axis, key in zip(axes, ("ms", "saved_mb"), strict=True):
-            axis.plot(spans, [each[key] for each in points], marker="o", markersize=3, label=name)
+            axis.plot(spans, [each[key] for each in points], marker="o", markersize=3, **style)
     for axis, label in zip(axes, ("ms a training step", "MB saved for the backward pass"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="maximum span L, timesteps", ylabel=label)
         spans = sorted({each["span"] for each in found})
         axis.set_xticks(spans, [f"{span:,}" for span in spans])
-        axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7, frameon=False)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.minorticks_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=130)
 
 
