@@ -118,7 +118,8 @@ def test_pg19_mini_learns_the_characters_of_a_few_books(tmp_path, monkeypatch):
     assert figures["test/bpb"] < 1.0  # one character after another, without what came before them: 4.2
 
 
-def test_wikitext103_mini_learns_which_word_follows_through_the_adaptive_softmax(tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["expire_span", "trans_xl", "adaptive_span", "compressive"])
+def test_wikitext103_mini_learns_which_word_follows_through_the_adaptive_softmax(model, tmp_path, monkeypatch):
     monkeypatch.setenv("EXPIRE_SPAN_CACHE", str(tmp_path / "cache"))
     words: dict[str, list[str]] = {}
     for seed, (split, sentences) in enumerate({"train": 8000, "valid": 400, "test": 400}.items()):
@@ -128,7 +129,7 @@ def test_wikitext103_mini_learns_which_word_follows_through_the_adaptive_softmax
     monkeypatch.setattr(wikitext103, "WORDS", {split: len(part) for split, part in words.items()})
     monkeypatch.setattr(wikitext103, "TYPES", len(set(words["train"])))
     small = [f"task.folder={tmp_path}", "transformer.cutoffs=[20,40,60]", "train.updates=300"]
-    figures = train(checked(composed("task=wikitext103", "model=expire_span", "size=mini", *small, *QUIET)), tmp_path)
+    figures = train(checked(composed("task=wikitext103", f"model={model}", "size=mini", *small, *QUIET)), tmp_path)
     assert figures["test/ppl"] < 3.5  # by frequency alone: 51
 
 
