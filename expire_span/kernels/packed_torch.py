@@ -95,7 +95,7 @@ def given(
     m = left.clamp(0, 1).mul_(seen)
     log_m = m.clamp(min=torch.finfo(dtype).tiny).log_().masked_fill_(m == 0, -torch.inf)  # log(0) itself is slow
     return Given(
-        (query / size**0.5).to(dtype),
+        (query / size**0.5).to(dtype).contiguous(),
         key.to(dtype),
         value.to(dtype),
         None if bias is None else bias.to(dtype).expand(total, -1),
@@ -160,6 +160,12 @@ def unpadded(tile: Tile, parts: Tensor) -> Tensor:
 def of_heads(rows: Tensor, tile: Tile) -> Tensor:
     """(n, H or 1, ...) -> the tile's heads, or the one for all."""
     return rows[:, tile.heads] if rows.shape[1] > 1 else rows
+
+
+def by_head(packed: Tensor, tile: Tile) -> Tensor:
+    """(n, H, D) -> (G, H, S, D), as a product of many small matrices wants it."""
+    rows = padded(packed, tile).transpose(1, 2)[:, tile.heads]
+    return rows if tile.last == tile.first + 1 else rows.contiguous()
 
 
 def within(some: Rows, tile: Tile) -> tuple[Tensor, slice]:
@@ -261,8 +267,7 @@ def forward(
     generator = chance(dropout, seed, query.device)
     for tile in tiles(call.ends, heads, block, query.device):
         here = slice(tile.first, tile.last), tile.heads
-        part = call.query[here]  # (G, H, T, D)
-        keys, values = (padded(each, tile).transpose(1, 2)[:, tile.heads] for each in (call.key, call.value))
+        part, keys, values = call.query[here], by_head(call.key, tile), by_head(call.value, tile)  # (G, H, T or S, D)
         weight = weights(call, tile, part, keys, None if call.table is None else Window(call, tile))
         factor = dropped(weight, dropout, generator)
         out[here] = (weight if factor is None else weight * factor) @ values
@@ -280,13 +285,13 @@ def backward(
     grad_span = call.key.new_zeros(len(key), heads if span.shape[1] > 1 else 1)
     grad_bias = call.key.new_zeros(len(key), heads)
     grad_table = None if call.table is None else torch.zeros_like(call.table)
-    gradient = gradient.to(call.key.dtype)
+    gradient = gradient.to(call.key.dtype).contiguous()
     on_ramp = torch.where((call.m > 0) & (call.left <= 1), (call.m * ramp).reciprocal(), 0.0) if needs[3] else None
     generator = chance(dropout, seed, query.device)
     for tile in tiles(call.ends, heads, block, query.device):
         here, there = (slice(tile.first, tile.last), tile.heads), (tile.rows, tile.heads)
         part, above = call.query[here], gradient[here]  # (G, H, T, D)
-        keys, values = (padded(each, tile).transpose(1, 2)[:, tile.heads] for each in (call.key, call.value))
+        keys, values = by_head(call.key, tile), by_head(call.value, tile)  # (G, H, S, D)
         window = None if call.table is None else Window(call, tile)
         weight = weights(call, tile, part, keys, window)
         weight_grad = above @ values.transpose(-1, -2)  # (G, H, T, S)
