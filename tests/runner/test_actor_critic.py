@@ -106,7 +106,7 @@ def test_evaluation_without_an_end_is_refused_at_once(tmp_path):
 
 def test_evaluation_tells_success_by_the_corridors_length_beyond_those_trained_on_too(tmp_path):
     wide = ["task.evaluation_longest=40", "evaluation.batch=64", "evaluation.blocks=20"]
-    config = tiny("task.longest=4", *wide, task="corridor")
+    config = tiny("task.first_longest=4", "task.longest=4", *wide, task="corridor")
     training = Training(config, tmp_path)
     figures = actor_critic.evaluate(training.model, training.task, "test", config, training.device)
     by_length = {name: share for name, share in figures.items() if name.startswith("test/rl/success_distance_")}
