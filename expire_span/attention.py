@@ -4,14 +4,16 @@
     a' = m exp(score) / sum m exp(score)        which is        softmax(score + log m)
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from .kernels import operator  # noqa: F401, registers torch.ops.expire_span.attention
-from .kernels.packed_torch import NEVER
+from .kernels import operator
 
-KERNELS = ("auto", "torch", "triton", "definition")
-FEW = 2**17  # scores
+NEVER = 2**40  # an age that no span reaches: what padding has
+PART = 2**19  # scores worked on at once
 
 
 def fade(distance: Tensor, span: Tensor, ramp: float) -> Tensor:
@@ -102,18 +104,56 @@ def packed_span_attention(
     query (B, H, T, D); key, value (N, H, D); offsets (B + 1,); age, born (N,); span, bias broadcastable to (N, H);
     position, reach, ramp and dropout as above. Returns (B, H, T, D).
 
-    kernel: "definition" pads and calls it; "torch" and "triton" are fused, keep no (B, H, T, S) tensor, and draw other
-    dropout than the definition does; "auto" takes Triton on CUDA where it is installed, else torch, but the definition
-    on a CPU for a timestep or so without gradient, where every operation costs more than its work.
+    kernel: "definition" pads and calls it. The others keep nothing as large as the scores for the backward pass: "cpp"
+    is for the CPU, "triton" for CUDA; "torch" is the definition again, some samples at a time, and made anew backward.
+    Each draws its own dropout. "auto" takes the first of these that can be had.
     """
-    few = query.device.type == "cpu" and query.shape[1] * query.shape[2] * len(key) <= FEW
-    if kernel == "definition" or (kernel == "auto" and few and not torch.is_grad_enabled()):
+    if not torch.compiler.is_compiling():  # else the operator itself looks what there is
+        kernel = operator.form(kernel, query.is_cuda, query.dtype)
+    if kernel == "definition":
         return padded_span_attention(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout)
+    if kernel == "torch":
+        return in_parts(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout)
     seed = int(torch.randint(2**31 - 1, ())) if dropout else 0  # on the CPU: no device is waited for
     arguments = (query, key, value, offsets, age, torch.atleast_2d(span), float(ramp), position, reach)
     bias = None if bias is None else torch.atleast_2d(bias)
     out, _ = torch.ops.expire_span.attention(*arguments, bias, born, dropout, seed, kernel)
     return out
+
+
+def in_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    age: Tensor,
+    span: Tensor,
+    ramp: float,
+    position: Tensor | None,
+    reach: Tensor | None,
+    bias: Tensor | None,
+    born: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """`packed_span_attention` by its definition, some samples at a time, of which nothing is kept but what came in."""
+    samples, heads, block, _ = query.shape
+    each = max(1, PART // max(1, heads * block * int(offsets.diff().max())))  # samples of a part
+    firsts = range(0, samples, each)
+    sizes = offsets[[*firsts, samples]].diff().tolist()  # rows of a part
+
+    def by_part(tensor: Tensor | None) -> Sequence[Tensor | None]:
+        if tensor is None or tensor.dim() == 0 or len(tensor) != len(key):
+            return [tensor] * len(sizes)  # the same for all
+        return tensor.split(sizes)
+
+    starts = [offsets[first : first + each + 1] - offsets[first] for first in firsts]
+    reaches = [None] * len(sizes) if reach is None else reach.split(each)
+    own = zip(query.split(each), by_part(key), by_part(value), starts, by_part(age), by_part(span), strict=True)
+    others = zip(reaches, by_part(bias), by_part(born), strict=True)
+    return torch.cat([
+        checkpoint(padded_span_attention, *one, ramp, position, *other, dropout, use_reentrant=False)
+        for one, other in zip(own, others, strict=True)
+    ])  # fmt: skip
 
 
 def padded_span_attention(

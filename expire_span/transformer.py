@@ -6,13 +6,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, relu
+from torch.nn.functional import dropout, linear, relu
 from torch.utils.checkpoint import checkpoint
 
-from .attention import KERNELS, NEVER, fade, packed_span_attention, samples_of
+from .attention import NEVER, fade, packed_span_attention, samples_of
 from .heads import AdaptiveSoftmax, Softmax
+from .kernels.operator import KERNELS
 from .memory.mechanism import Mechanism, memory_size, reached
-from .memory.packed import Memory, dense, empty, join, select
+from .memory.packed import Memory, Order, dense, empty, interleaved, join, order_of, select
 
 State = dict[str, Any]
 
@@ -55,6 +56,32 @@ class TransformerConfig:
             raise ValueError(f"transformer.embedding_init must be positive, got {self.embedding_init}; or null")
 
 
+class Projection(torch.autograd.Function):
+    """Keys and values (N, d) of hidden states (N, d) that were joined out of `parts`.
+
+    Only the parts are kept for the backward pass, as they are there anyway; and only those that want a gradient get it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, key: Tensor, value: Tensor, order: Tensor, *places_and_parts: Tensor):
+        ctx.save_for_backward(key, value, order, *places_and_parts)
+        return linear(hidden, key), linear(hidden, value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        of_key, of_value = gradients
+        key, value, order, *places_and_parts = ctx.saved_tensors
+        half = len(places_and_parts) // 2
+        places, parts = places_and_parts[:half], places_and_parts[half:]
+        hidden = torch.cat(parts).index_select(0, order).to(of_key.dtype)  # (N, d)
+        found: list[Tensor | None] = []
+        for rows, needed in zip(places, ctx.needs_input_grad[4 + half :], strict=True):
+            pairs = ((of_key, key), (of_value, value)) if needed else ()
+            through = [each.index_select(0, rows) @ weight.to(each.dtype) for each, weight in pairs]
+            found.append(through[0] + through[1] if needed else None)
+        return None, of_key.T @ hidden, of_value.T @ hidden, *[None] * (1 + half), *found
+
+
 class MemoryAttention(nn.Module):
     """Multi-head attention to packed memories, with one table of relative positions for all heads."""
 
@@ -68,11 +95,19 @@ class MemoryAttention(nn.Module):
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (N, H, D) of hidden states (N, d)."""
-        return self.key(hidden).unflatten(-1, (self.heads, -1)), self.value(hidden).unflatten(-1, (self.heads, -1))
+        return self.by_head(self.key(hidden)), self.by_head(self.value(hidden))
+
+    def project_joined(self, hidden: Tensor, order: Order, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The same, of what was joined out of parts."""
+        key, value = Projection.apply(hidden, self.key.weight, self.value.weight, order.order, *order.places, *parts)
+        return self.by_head(key), self.by_head(value)
+
+    def by_head(self, states: Tensor) -> Tensor:  # (..., d) -> (..., H, D)
+        return states.unflatten(-1, (self.heads, -1))
 
     def forward(self, hidden: Tensor, key: Tensor, value: Tensor, offsets: Tensor, **fading: Any) -> Tensor:
         """hidden (B, T, d) looks at what `project` gave; the rest as for `packed_span_attention`. Returns (B, T, d)."""
-        query = self.query(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+        query = self.by_head(self.query(hidden)).transpose(1, 2)  # (B, H, T, D)
         rate = self.dropout if self.training else 0.0
         fading |= {"dropout": rate, "kernel": self.kernel}
         out = packed_span_attention(query, key, value, offsets, **fading)  # (B, H, T, D)
@@ -95,14 +130,31 @@ class Layer(nn.Module):
     def feedforward(self, hidden: Tensor) -> Tensor:
         return self.feedforward_out(dropout(relu(self.feedforward_in(hidden)), self.dropout, self.training))
 
+    def seen(self, memory: Memory) -> Memory:
+        """As attention sees it."""
+        return memory._replace(hidden=self.norm_attention(memory.hidden)) if self.pre_norm else memory
+
+    def spans(self, seen: Memory) -> Tensor:
+        return self.memory.span(seen).expand(len(seen.time), -1)  # (N, H or 1)
+
     def projected(self, memory: Memory) -> Memory:
         """With the keys, values and spans of what it holds."""
         if memory.projected is not None:
             return memory
-        seen = memory._replace(hidden=self.norm_attention(memory.hidden)) if self.pre_norm else memory
-        key, value = self.attention.project(seen.hidden)
-        span = self.memory.span(seen)  # (N or 1, H or 1)
-        return memory._replace(projected=(key, value, span.expand(len(key), -1)))
+        seen = self.seen(memory)
+        return memory._replace(projected=(*self.attention.project(seen.hidden), self.spans(seen)))
+
+    def joined(self, *parts: Memory) -> Memory:
+        """All that can be seen, with keys, values and spans: in training made of all at once, else when each enters."""
+        if not torch.is_grad_enabled():
+            return join(*(self.projected(part) for part in parts))
+        seen = [self.seen(part) for part in parts]
+        order, states = order_of(*parts), [part.hidden for part in seen]
+        entries = join(*(part._replace(hidden=part.hidden.detach()) for part in parts), order=order)
+        hidden = interleaved(order, *states) if self.pre_norm else entries.hidden
+        key, value = self.attention.project_joined(hidden.detach(), order, states)
+        span = interleaved(order, *(self.spans(part) for part in seen))
+        return entries._replace(projected=(key, value, span))
 
     def forward(
         self,
@@ -119,10 +171,8 @@ class Layer(nn.Module):
         """
         samples, block, _ = hidden.shape
         time = now + torch.arange(block, device=hidden.device)  # (T,)
-        old, pooled, new = self.projected(memory), self.memory.pool(memory, time), self.projected(dense(hidden, time))
-        if pooled is not None:
-            old = join(old, self.projected(pooled))
-        entries = join(old, new._replace(hidden=new.hidden.detach()))  # N rows
+        pooled = self.memory.pool(memory, time)
+        entries = self.joined(memory, *([] if pooled is None else [pooled]), dense(hidden, time))  # N rows
         assert entries.projected is not None
         key, value, span = entries.projected  # (N, H, D) twice, (N, H or 1)
         sample, age = samples_of(entries.offsets, len(entries.time)), now - entries.time  # (N,)

@@ -1,5 +1,6 @@
 """The fused forms of packed attention as one operator with a gradient, which torch.compile passes through."""
 
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -7,24 +8,37 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import packed_torch
+from . import packed_cpp
+
+KERNELS = ("auto", "cpp", "triton", "torch", "definition")
 
 
-def form(kernel: str, like: Tensor) -> Any:
-    """The module with `forward` and `backward`. Raises ValueError where there is none of that name."""
-    if kernel == "torch" or (kernel == "auto" and (not like.is_cuda or like.dtype == torch.float64)):
-        return packed_torch
-    if kernel in ("auto", "triton"):
-        try:
-            packed_triton = import_module(".packed_triton", __package__)
-        except ImportError:
-            packed_triton = None
-        if packed_triton is not None and packed_triton.available():
-            return packed_triton
-        if kernel == "auto":
-            return packed_torch
-        raise ValueError("kernel='triton' needs Triton and a CUDA device, or its interpreter (TRITON_INTERPRET=1)")
-    raise ValueError(f"kernel must be auto, torch, triton or definition, got {kernel!r}")
+def form(kernel: str, cuda: bool, dtype: torch.dtype) -> str:
+    """Which one `kernel` stands for: cpp, triton or torch. Raises ValueError where it cannot be had."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    if kernel == "cpp" or (kernel == "auto" and not cuda):
+        if not cuda and packed_cpp.available():
+            return "cpp"
+        if kernel == "cpp":
+            raise ValueError("kernel='cpp' is for a CPU, and needs a C++ compiler: c++, g++, or what CXX names")
+    if kernel == "triton" or (kernel == "auto" and cuda and dtype != torch.float64):
+        with suppress(ImportError):
+            if import_module(".packed_triton", __package__).available():
+                return "triton"
+        if kernel == "triton":
+            raise ValueError("kernel='triton' needs Triton and a CUDA device, or its interpreter (TRITON_INTERPRET=1)")
+    return kernel if kernel == "definition" else "torch"
+
+
+def module(kernel: str, like: Tensor) -> Any:
+    """The one with the form's `forward` and `backward`."""
+    chosen = form(kernel, like.is_cuda, like.dtype)
+    if chosen == "cpp":
+        return packed_cpp
+    if chosen == "triton":
+        return import_module(".packed_triton", __package__)
+    raise ValueError("transformer.kernel=auto finds neither C++ nor Triton, as torch.compile needs; take kernel=torch")
 
 
 @custom_op("expire_span::attention", mutates_args=())
@@ -47,7 +61,7 @@ def attention(
     """out (B, H, T, D), and what the backward pass of the form wants besides."""
     given = (query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed)
     with torch.autocast(query.device.type, enabled=False):
-        return form(kernel, query).forward(*given)
+        return module(kernel, query).forward(*given)
 
 
 @custom_op("expire_span::attention_backward", mutates_args=())
@@ -74,15 +88,16 @@ def attention_backward(
     """Gradients of query, key, value, span, position and bias; empty where not needed."""
     given = (query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed)
     with torch.autocast(query.device.type, enabled=False):
-        found = form(kernel, query).backward(gradient, out, lse, *given, needs)
+        found = module(kernel, query).backward(gradient, out, lse, *given, needs)
     return [query.new_empty(0) if each is None else each for each in found]
 
 
 @attention.register_fake
-def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, age: Tensor, span: Tensor, *rest: Any):
     samples, heads, block, size = query.shape
     out = query.new_empty(samples, block, heads, size).transpose(1, 2)
-    return out, query.new_empty(samples, heads, block, dtype=torch.float32)
+    dtype = torch.promote_types(torch.promote_types(query.dtype, span.dtype), torch.float32)
+    return out, query.new_empty(samples, heads, block, dtype=dtype)
 
 
 @attention_backward.register_fake

@@ -5,7 +5,6 @@
     0               7          9       13     offsets (B + 1,)
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,42 +36,59 @@ def dense(hidden: Tensor, time: Tensor, born: int = 1) -> Memory:
     return Memory(hidden.flatten(0, 1), time.repeat(samples), time.new_full((samples * each,), born), offsets)
 
 
+class Order(NamedTuple):
+    """How the rows of some memories, one memory after another, come to stand with each sample's together."""
+
+    order: Tensor  # (N,): the row that stands here
+    places: tuple[Tensor, ...]  # (n,) each: where the rows of each memory stand
+
+
+def order_of(*memories: Memory) -> Order:
+    """Each sample's rows of the first memory, then its rows of the second, and so on."""
+    ends = torch.stack([memory.offsets for memory in memories])  # (memories, B + 1)
+    steps = torch.arange(sum(len(memory.time) for memory in memories), device=ends.device)
+    places = []
+    for number, memory in enumerate(memories):
+        others = ends[:number, 1:].sum(0) + ends[number + 1 :, :-1].sum(0)  # (B,): of their rows, those before b's here
+        rows = len(memory.time)
+        places.append(steps[:rows] + others.index_select(0, samples_of(memory.offsets, rows)))
+    return Order(torch.empty_like(steps).index_copy_(0, torch.cat(places), steps), tuple(places))
+
+
 class Interleave(torch.autograd.Function):
-    """first (n, ...) and second (m, ...) as one (n + m, ...) in another order; a gradient is only looked up."""
+    """Parts (n, ...), as many as places, as one (N, ...) in an order; a gradient is only looked up."""
 
     @staticmethod
-    def forward(ctx: Any, first: Tensor, second: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.first = len(first)
-        return torch.cat([first, second]).index_select(0, order)
+    def forward(ctx: Any, order: Tensor, *places_and_parts: Tensor) -> Tensor:
+        half = len(places_and_parts) // 2
+        ctx.save_for_backward(*places_and_parts[:half])
+        return torch.cat(places_and_parts[half:]).index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (place,) = ctx.saved_tensors
-        parts = zip((place[: ctx.first], place[ctx.first :]), ctx.needs_input_grad, strict=False)
-        return *(gradients[0].index_select(0, part) if needed else None for part, needed in parts), None, None
+        places = ctx.saved_tensors
+        wanted = zip(places, ctx.needs_input_grad[1 + len(places) :], strict=True)
+        found = [gradients[0].index_select(0, rows) if needed else None for rows, needed in wanted]
+        return None, *[None] * len(places), *found
 
 
-def join(first: Memory, second: Memory) -> Memory:
-    """Each sample's rows of the first, then its rows of the second."""
-    if len(first.offsets) == 2:  # one sample
-        return put_together(first, second, lambda *pair: torch.cat(pair))
-    n, m = len(first.time), len(second.time)
-    steps = torch.arange(n + m, device=first.time.device)
-    after = second.offsets.index_select(0, samples_of(first.offsets, n))  # (n,): rows of the second before these
-    before = first.offsets[1:].index_select(0, samples_of(second.offsets, m))  # (m,)
-    place = torch.cat([steps[:n] + after, steps[:m] + before])  # (n + m,)
-    order = torch.empty_like(place).index_copy_(0, place, steps)
-
-    return put_together(first, second, lambda *pair: Interleave.apply(*pair, order, place))
+def interleaved(order: Order | None, *parts: Tensor) -> Tensor:
+    """(n, ...) each, as one (N, ...); None: one after another."""
+    return torch.cat(parts) if order is None else Interleave.apply(order.order, *order.places, *parts)
 
 
-def put_together(first: Memory, second: Memory, rows: Callable[[Tensor, Tensor], Tensor]) -> Memory:
-    hidden, time, born = (rows(*pair) for pair in zip(first[:3], second[:3], strict=True))
+def join(*memories: Memory, order: Order | None = None) -> Memory:
+    """All in one, in the `order_of` them, which need not be given."""
+    if order is None and len(memories[0].offsets) > 2:  # one sample is in order as it is
+        order = order_of(*memories)
+    hidden, time, born = (
+        interleaved(order, *parts) for parts in zip(*(memory[:3] for memory in memories), strict=True)
+    )
+    known = [memory.projected for memory in memories if memory.projected is not None]
     projected = None
-    if first.projected is not None and second.projected is not None:
-        projected = tuple(rows(*pair) for pair in zip(first.projected, second.projected, strict=True))
-    return Memory(hidden, time, born, first.offsets + second.offsets, projected)
+    if len(known) == len(memories):
+        projected = tuple(interleaved(order, *parts) for parts in zip(*known, strict=True))
+    return Memory(hidden, time, born, torch.stack([memory.offsets for memory in memories]).sum(0), projected)
 
 
 def select(memory: Memory, kept: Tensor, total: int | None = None) -> Memory:
