@@ -30,6 +30,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 import expire_span.transformer as transformer
 from expire_span import AdaptiveSpan, Compressive, ExpireSpan, Transformer, TransformerConfig, TransXL
 from expire_span.attention import samples_of
+from expire_span.kernels import operator
 from expire_span.memory.mechanism import Mechanism
 from expire_span.memory.packed import Memory, dense, join, select
 from expire_span.runner.measures import peak_memory, reset_peak_memory
@@ -144,6 +145,7 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
     middle = statistics.median(times)
     return {
         **case,
+        "kernel": operator.form(kernel, device.type == "cuda", torch.float32),
         "survivors": survivors,
         "ms": 1000 * middle,
         "ms_quartiles": [1000 * each for each in statistics.quantiles(times, n=4)[::2]],
@@ -221,7 +223,7 @@ def row(found: dict[str, Any]) -> str:
     low, high = found["ms_quartiles"]
     cells = [
         found.get("task") or found["model"],
-        found["form"],
+        f"fused, {found['kernel']}" if found["form"] == "fused" else found["form"],
         f"{found['span']:,}",
         f"{found['survivors']:.0f}",
         f"{found['ms']:.1f} ({low:.1f} to {high:.1f})",

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from ..kernels import operator
 from ..transformer import Transformer
 from .measures import Figures, peak_memory, reset_peak_memory
 from .mirror import mirror
@@ -206,6 +207,7 @@ def protocol(
             "seed": config.seed,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "precision": config.run.precision,
+            "attention": operator.form(model.config.kernel, device.type == "cuda", model.position.dtype),
         },
         "config": {key: value for key, value in plain.items() if key != "wandb"},
     }
