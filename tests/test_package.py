@@ -47,12 +47,12 @@ def python(*arguments, installed, cwd):
     ).stdout
 
 
-def test_the_wheel_holds_every_module_and_config_and_no_other_top_level_name(wheel):
+def test_the_wheel_holds_every_source_and_config_and_no_other_top_level_name(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} <= {"expire_span"} | {wheel.name.split("-")[0]}
     for inside, source in SOURCES.items():
         for path in (ROOT / source).rglob("*"):
-            if path.suffix in (".py", ".yaml"):
+            if path.suffix in (".py", ".cpp", ".yaml"):
                 assert f"{inside}/{path.relative_to(ROOT / source)}" in names
 
 

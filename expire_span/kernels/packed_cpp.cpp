@@ -27,7 +27,7 @@ using at::Tensor;
 using Maybe = std::optional<Tensor>;
 
 constexpr int64_t TILE = 1 << 17;   // scores worked on at once
-constexpr int64_t SMALL = 1 << 13;  // multiplications, below which a product is not worth a call
+constexpr int64_t SMALL = 1 << 13;  // multiplications
 
 // A matrix in memory that others own.
 template <typename real>
@@ -44,21 +44,31 @@ struct Matrix {
   }
 };
 
-// out = a b, or out += a b.
+// out = a b, or out += a b. Small products, and those of a single row, are not worth a call.
 template <typename real>
 void multiply(Matrix<real> a, Matrix<real> b, Matrix<real> out, bool add = false) {
-  if (a.rows * a.columns * b.columns > SMALL) {
+  if (a.rows * a.columns * b.columns > SMALL && a.rows > 1 && a.columns > 1) {
     Tensor target = out.tensor();
     add ? at::addmm_out(target, target, a.tensor(), b.tensor()) : at::mm_out(target, a.tensor(), b.tensor());
     return;
   }
   for (int64_t i = 0; i < out.rows; ++i) {
     real* __restrict row = out.row(i);
+    const real* left = a.row(i);
     if (!add) std::fill(row, row + out.columns, real(0));
-    for (int64_t k = 0; k < a.columns; ++k) {
-      const real factor = a.data[i * a.down + k * a.across];
-      const real* other = b.row(k);
-      for (int64_t j = 0; j < out.columns; ++j) row[j] += factor * other[j * b.across];
+    if (a.across == 1 && b.down == 1) {
+      for (int64_t j = 0; j < out.columns; ++j) {
+        const real* right = b.data + j * b.across;
+        real sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t k = 0; k < a.columns; ++k) sum += left[k] * right[k];
+        row[j] += sum;
+      }
+    } else {
+      for (int64_t k = 0; k < a.columns; ++k) {
+        const real factor = left[k * a.across], *right = b.row(k);
+        for (int64_t j = 0; j < out.columns; ++j) row[j] += factor * right[j * b.across];
+      }
     }
   }
 }

@@ -31,9 +31,9 @@ def command(compiler: str, target: Path) -> list[str]:
 @cache
 def available() -> bool:
     """Whether the operators are there; compiles them where they are not yet. Says on stderr what it does."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None or sys.platform != "linux":
+    if sys.platform != "linux":
         return False
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
     try:
         recipe = " ".join(command(compiler, Path())) + torch.__version__ + SOURCE.read_text()
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expire-span"
