@@ -33,6 +33,7 @@ from expire_span.attention import samples_of
 from expire_span.kernels import operator
 from expire_span.memory.mechanism import Mechanism
 from expire_span.memory.packed import Memory, dense, join, select
+from expire_span.runner.build import keep_freed_memory
 from expire_span.runner.measures import peak_memory, reset_peak_memory
 from expire_span.runner.record import provenance
 
@@ -111,6 +112,7 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
     """One case: its times, memory and operations, in this process."""
     torch.set_num_threads(case["threads"])
     torch.manual_seed(0)
+    keep_freed_memory()  # as a run does
     device = torch.device(case["device"])
     kernel = "definition" if case["form"] == "definition" else "auto"
     sizes = (case["vocabulary"], case["hidden"], case["heads"], case["feedforward"])

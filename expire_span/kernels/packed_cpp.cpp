@@ -1,8 +1,7 @@
-// Packed attention on a CPU (../attention.py defines it), for one head of one sample at a time, in a core's cache.
+// Packed attention on a CPU (../attention.py defines it), for one head of one sample at a time.
 //
 //     score = q . k + q . p + bias         m = clamp(1 + (span - distance) / R, 0, 1)
 //     a' = m exp(score - lse)              out = a' v            lse = log sum m exp(score)
-//
 //     dP = dout v^T    dm = exp(score - lse) (dP - dout . out)     dscore = m dm     d span = sum_t dm / R, on the ramp
 //
 // Large matrix products are ATen's. What lies between two of them is done here, a row of scores at a time. m multiplies
@@ -26,7 +25,7 @@ namespace {
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 
-constexpr int64_t TILE = 1 << 17;   // scores worked on at once
+constexpr int64_t TILE = 1 << 21;   // scores worked on at once
 constexpr int64_t SMALL = 1 << 13;  // multiplications
 
 // A matrix in memory that others own.
@@ -110,7 +109,7 @@ struct Call {
     const int64_t total = key.size(0);
     const auto ends = offsets.data_ptr<int64_t>();
     TORCH_CHECK(offsets.size(0) == query.size(0) + 1 && ends[0] == 0 && ends[query.size(0)] == total,
-                "offsets must lead from 0 to the ", total, " keys, one number more than the ", query.size(0), " samples");
+                "offsets must lead from 0 to the ", total, " keys, in one number more than the samples");
     for (int64_t b = 0; b < query.size(0); ++b) TORCH_CHECK(ends[b] <= ends[b + 1], "offsets must not fall: ", offsets);
     TORCH_CHECK(key.sizes() == value.sizes() && key.size(1) == heads() && key.size(2) == size(),
                 "key and value must be (N, ", heads(), ", ", size(), "), got ", key.sizes(), " and ", value.sizes());
@@ -140,7 +139,7 @@ struct Keys {
   std::vector<real> age, remaining, from, bias;  // (n,): remaining is span - age; seen from query `from` on
   real ramp;
 
-  // Adds the bias to query t's scores x, takes `less` away, and makes -inf of what it does not see. Returns the highest.
+  // Adds the bias to query t's scores x, takes `less` off, and makes -inf of what it does not see. Returns the highest.
   real mask(real t, real limit, real less, real* __restrict x) const {
     const real never = -std::numeric_limits<real>::infinity();
     const real *from_ = from.data(), *age_ = age.data(), *remaining_ = remaining.data(), *bias_ = bias.data();
@@ -192,7 +191,6 @@ struct Task {
   Keys<real> keys;
   std::vector<int32_t> column;  // (n,): in query 0's row of `terms`
   int64_t near = 0, far = 0;    // the keys that the table may reach are near to far
-  bool run = true;              // whether each of these is one distance nearer than the last
   std::vector<real> kept;       // (n,): the factors of dropout, 0 or 1 / (1 - p), of one query's weights
   at::Philox4_32 chance;
 
@@ -221,7 +219,6 @@ struct Task {
       }
     }
     near = std::min(near, far);
-    for (int64_t s = near + 1; s < far; ++s) run = run && column[s] == column[s - 1] + 1;
   }
 
   // This task's part of what has the shape (B, H, T, D), or (N, H, D).
@@ -230,8 +227,8 @@ struct Task {
     return {data, call.block(), call.size(), all.stride(2), all.stride(3)};
   }
   Matrix<real> of_keys(const Tensor& all) const {
-    return {all.data_ptr<real>() + first * all.stride(0) + head * all.stride(1), n, call.size(), all.stride(0),
-            all.stride(2)};
+    real* data = all.data_ptr<real>() + first * all.stride(0) + head * all.stride(1);
+    return {data, n, call.size(), all.stride(0), all.stride(2)};
   }
 
   // The farthest age at which query t sees a key.
@@ -247,16 +244,12 @@ struct Task {
     multiply(part, key.t(), score);
     if (near == far) return;
     multiply(part, table.t(), terms.some_columns(call.block(), call.farthest()));
-    const int32_t* columns = column.data();
+    const auto columns = column.data();
     for (int64_t i = 0; i < score.rows; ++i) {
       real* __restrict x = score.row(i);
-      const real *row = terms.row(i) - (t + i), *shifted = row + column[near] - near;
-      if (run)
+      const real* row = terms.row(i) - (t + i);
 #pragma omp simd
-        for (int64_t s = near; s < far; ++s) x[s] += shifted[s];
-      else
-#pragma omp simd
-        for (int64_t s = near; s < far; ++s) x[s] += row[columns[s]];
+      for (int64_t s = near; s < far; ++s) x[s] += row[columns[s]];
     }
   }
 
@@ -266,10 +259,7 @@ struct Task {
       const real* __restrict ds = dscore.row(i);
       real* row = dterms.row(i) - (t + i);
       std::fill(dterms.row(i), dterms.row(i) + dterms.columns, real(0));
-      if (run)
-        std::copy(ds + near, ds + far, row + column[near]);
-      else
-        for (int64_t s = near; s < far; ++s) row[column[s]] += ds[s];
+      for (int64_t s = near; s < far; ++s) row[column[s]] += ds[s];
     }
   }
 
@@ -295,21 +285,20 @@ void forward_of(const Call& call, const Tensor& out, const Tensor& lse) {
         const int64_t rows = std::min(most, block - start);
         const Matrix<real> score{scores.data(), rows, task.n, task.n}, terms{around.data(), rows, width, width};
         const auto part = task.of_queries(out).some_rows(start, rows);  // (rows, D)
-        std::vector<real> scale(rows, 0);
+        std::vector<real> scale(rows, 1);
         task.products(start, score, terms);
         for (int64_t i = 0; i < rows; ++i) {
           const real t = static_cast<real>(start + i);
           real* x = score.row(i);
           const real high = task.keys.mask(t, task.limit(start + i), 0, x);
-          if (std::isinf(high)) {
-            std::fill(x, x + task.n, real(0));
+          if (std::isinf(high)) {  // nothing is seen; what is not a number stays so
+            std::replace(x, x + task.n, -std::numeric_limits<real>::infinity(), real(0));
             continue;
           }
           const real total = task.keys.weigh(t, high, x);
-          if (total > 0) {
-            logs[start + i] = high + std::log(total);
-            scale[i] = 1 / total;
-          }
+          if (total == 0) continue;
+          logs[start + i] = high + std::log(total);
+          scale[i] = 1 / total;
           if (call.dropout > 0) {
             task.drop();
             for (int64_t s = 0; s < task.n; ++s) x[s] *= task.kept[s];
@@ -356,7 +345,8 @@ void backward_of(const Call& call, const Tensor& dout, const Tensor& delta, cons
           if (dbias)
             for (int64_t s = 0; s < task.n; ++s) dbias[s] += dscore.row(i)[s];
         }
-        const auto query = task.query.some_rows(start, rows), dquery = task.of_queries(grad.query).some_rows(start, rows);
+        const auto query = task.query.some_rows(start, rows);  // (rows, D)
+        const auto dquery = task.of_queries(grad.query).some_rows(start, rows);
         multiply(dscore, task.key, dquery);
         multiply(dscore.t(), query, task.of_keys(grad.key), start > 0);
         multiply(score.t(), above, task.of_keys(grad.value), start > 0);

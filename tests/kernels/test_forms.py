@@ -83,9 +83,9 @@ def test_parts_of_one_sample_give_the_same(monkeypatch):
 
 @pytest.mark.parametrize("order", ["each one nearer than the last", "in any order"])
 def test_many_memories_are_worked_on_in_tiles_and_give_the_same(order, kernel):
-    inputs, fixed = drawn((0,), heads=2, queries=400, size=3, positions=90)  # more scores than a tile has
+    inputs, fixed = drawn((0,), heads=1, queries=1500, size=3, positions=90)  # more scores than a tile has
     if order == "in any order":
-        fixed["age"] = fixed["age"][torch.randperm(400, generator=torch.Generator().manual_seed(1))]
+        fixed["age"] = fixed["age"][torch.randperm(1500, generator=torch.Generator().manual_seed(1))]
     assert_same(inputs, fixed, kernel)
 
 
@@ -131,6 +131,14 @@ def test_scores_of_any_size_neither_overflow_nor_vanish(kernel):
         out = packed_span_attention(**scaled, **fixed, kernel=kernel)
         exact = packed_span_attention(**{k: v.double() for k, v in scaled.items()}, **fixed, kernel="definition")
         assert_equal("out", out.double(), exact, 2e-4)
+
+
+@pytest.mark.parametrize("rows", [[0], list(range(18))], ids=["one", "all"])
+def test_a_key_that_is_not_a_number_is_not_hidden(rows, kernel):
+    inputs, fixed = drawn((12,), positions=0, born=False)
+    inputs["key"].data[rows] = torch.nan
+    inputs["span"].data.fill_(50)
+    assert packed_span_attention(**inputs, **fixed, kernel=kernel).isnan().any()
 
 
 @pytest.mark.parametrize("span", [torch.tensor(12.0), torch.tensor([[3.0, 9.0, 20.0]])], ids=["one number", "per head"])
