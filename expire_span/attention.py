@@ -109,7 +109,7 @@ def packed_span_attention(
     Each draws its own dropout. "auto" takes the first of these that can be had.
     """
     if not torch.compiler.is_compiling():  # else the operator itself looks what there is
-        kernel = operator.form(kernel, query.is_cuda, query.dtype)
+        kernel = operator.form(kernel, query.device.type, query.dtype)
     if kernel == "definition":
         return padded_span_attention(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout)
     if kernel == "torch":

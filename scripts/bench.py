@@ -147,7 +147,7 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
     middle = statistics.median(times)
     return {
         **case,
-        "kernel": operator.form(kernel, device.type == "cuda", torch.float32),
+        "kernel": operator.form(kernel, device.type, torch.float32),
         "survivors": survivors,
         "ms": 1000 * middle,
         "ms_quartiles": [1000 * each for each in statistics.quantiles(times, n=4)[::2]],

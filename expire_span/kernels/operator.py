@@ -13,16 +13,16 @@ from . import packed_cpp
 KERNELS = ("auto", "cpp", "triton", "torch", "definition")
 
 
-def form(kernel: str, cuda: bool, dtype: torch.dtype) -> str:
-    """Which one `kernel` stands for: cpp, triton or torch. Raises ValueError where it cannot be had."""
+def form(kernel: str, device: str, dtype: torch.dtype) -> str:
+    """Which one `kernel` stands for on a kind of device. Raises ValueError where it cannot be had."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
-    if kernel == "cpp" or (kernel == "auto" and not cuda):
-        if not cuda and packed_cpp.available():
+    if kernel == "cpp" or (kernel == "auto" and device == "cpu"):
+        if device == "cpu" and packed_cpp.available():
             return "cpp"
         if kernel == "cpp":
             raise ValueError("kernel='cpp' is for a CPU, and needs a C++ compiler: c++, g++, or what CXX names")
-    if kernel == "triton" or (kernel == "auto" and cuda and dtype != torch.float64):
+    if kernel == "triton" or (kernel == "auto" and device == "cuda" and dtype != torch.float64):
         with suppress(ImportError):
             if import_module(".packed_triton", __package__).available():
                 return "triton"
@@ -33,7 +33,7 @@ def form(kernel: str, cuda: bool, dtype: torch.dtype) -> str:
 
 def module(kernel: str, like: Tensor) -> Any:
     """The one with the form's `forward` and `backward`."""
-    chosen = form(kernel, like.is_cuda, like.dtype)
+    chosen = form(kernel, like.device.type, like.dtype)
     if chosen == "cpp":
         return packed_cpp
     if chosen == "triton":

@@ -207,7 +207,7 @@ def protocol(
             "seed": config.seed,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "precision": config.run.precision,
-            "attention": operator.form(model.config.kernel, device.type == "cuda", model.position.dtype),
+            "attention": operator.form(model.config.kernel, device.type, model.position.dtype),
         },
         "config": {key: value for key, value in plain.items() if key != "wandb"},
     }

@@ -197,7 +197,7 @@ def test_without_a_working_compiler_another_form_is_taken_and_that_is_said(compi
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(packed_cpp, "available", packed_cpp.available.__wrapped__)
-    assert operator.form("auto", cuda=False, dtype=torch.float32) == "torch"
+    assert operator.form("auto", "cpu", torch.float32) == "torch"
     assert "attention takes twice as long, as its C++ cannot be had" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.so"))
 
