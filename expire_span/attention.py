@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,10 +111,9 @@ def packed_span_attention(
     """
     if not torch.compiler.is_compiling():  # else the operator itself looks what there is
         kernel = operator.form(kernel, query.device.type, query.dtype)
-    if kernel == "definition":
-        return padded_span_attention(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout)
-    if kernel == "torch":
-        return in_parts(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout)
+    if kernel in ("definition", "torch"):
+        call = Packed(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout)
+        return padded(call) if kernel == "definition" else in_parts(call)
     seed = int(torch.randint(2**31 - 1, ())) if dropout else 0  # on the CPU: no device is waited for
     arguments = (query, key, value, offsets, age, torch.atleast_2d(span), float(ramp), position, reach)
     bias = None if bias is None else torch.atleast_2d(bias)
@@ -121,57 +121,49 @@ def packed_span_attention(
     return out
 
 
-def in_parts(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    offsets: Tensor,
-    age: Tensor,
-    span: Tensor,
-    ramp: float,
-    position: Tensor | None,
-    reach: Tensor | None,
-    bias: Tensor | None,
-    born: Tensor | None,
-    dropout: float,
-) -> Tensor:
+class Packed(NamedTuple):
+    """What `packed_span_attention` is given."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    offsets: Tensor
+    age: Tensor
+    span: Tensor
+    ramp: float
+    position: Tensor | None
+    reach: Tensor | None
+    bias: Tensor | None
+    born: Tensor | None
+    dropout: float
+
+
+def in_parts(call: Packed) -> Tensor:
     """`packed_span_attention` by its definition, some samples at a time, of which nothing is kept but what came in."""
-    samples, heads, block, _ = query.shape
-    each = max(1, PART // max(1, heads * block * int(offsets.diff().max())))  # samples of a part
+    samples, heads, block, _ = call.query.shape
+    each = max(1, PART // max(1, heads * block * int(call.offsets.diff().max())))  # samples of a part
     firsts = range(0, samples, each)
-    sizes = offsets[[*firsts, samples]].diff().tolist()  # rows of a part
+    sizes = call.offsets[[*firsts, samples]].diff().tolist()  # rows of a part
 
-    def by_part(tensor: Tensor | None) -> Sequence[Tensor | None]:
-        if tensor is None or tensor.dim() == 0 or len(tensor) != len(key):
-            return [tensor] * len(sizes)  # the same for all
-        return tensor.split(sizes)
+    def by_row(packed: Tensor | None) -> Sequence[Tensor | None]:
+        if packed is None or packed.dim() == 0 or len(packed) != len(call.key):
+            return [packed] * len(sizes)  # the same for all
+        return packed.split(sizes)
 
-    starts = [offsets[first : first + each + 1] - offsets[first] for first in firsts]
-    reaches = [None] * len(sizes) if reach is None else reach.split(each)
-    own = zip(query.split(each), by_part(key), by_part(value), starts, by_part(age), by_part(span), strict=True)
-    others = zip(reaches, by_part(bias), by_part(born), strict=True)
-    return torch.cat([
-        checkpoint(padded_span_attention, *one, ramp, position, *other, dropout, use_reentrant=False)
-        for one, other in zip(own, others, strict=True)
-    ])  # fmt: skip
+    own: dict[str, Sequence[Any]] = {
+        name: by_row(getattr(call, name)) for name in ("key", "value", "age", "span", "bias", "born")
+    }
+    own["query"] = call.query.split(each)
+    own["reach"] = by_row(None) if call.reach is None else call.reach.split(each)
+    own["offsets"] = [call.offsets[first : first + each + 1] - call.offsets[first] for first in firsts]
+    parts = [call._replace(**dict(zip(own, values, strict=True))) for values in zip(*own.values(), strict=True)]
+    return torch.cat([checkpoint(padded, part, use_reentrant=False) for part in parts])
 
 
-def padded_span_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    offsets: Tensor,
-    age: Tensor,
-    span: Tensor,
-    ramp: float,
-    position: Tensor | None,
-    reach: Tensor | None,
-    bias: Tensor | None,
-    born: Tensor | None,
-    dropout: float,
-) -> Tensor:
+def padded(call: Packed) -> Tensor:
     """`packed_span_attention` by its definition."""
-    samples, total = len(offsets) - 1, len(key)
+    offsets = call.offsets
+    samples, total = len(offsets) - 1, len(call.key)
     longest = int(offsets.diff().max())
     alike = samples * longest == total
     if not alike:
@@ -180,8 +172,8 @@ def padded_span_attention(
 
     def pad(packed: Tensor, filler: float = 0.0) -> Tensor:  # (N, ...) -> (B, S, ...)
         if not alike:
-            padded = packed.new_full((samples * longest, *packed.shape[1:]), filler)
-            packed = padded.index_copy(0, slot, packed)
+            whole = packed.new_full((samples * longest, *packed.shape[1:]), filler)
+            packed = whole.index_copy(0, slot, packed)
         return packed.unflatten(0, (samples, longest))
 
     def pad_by_head(packed: Tensor) -> Tensor:  # (N or 1, H or 1) -> (B or 1, H or 1, S or 1)
@@ -189,15 +181,15 @@ def padded_span_attention(
         return (pad(packed) if len(packed) == total else packed[None]).transpose(1, 2)
 
     return span_attention(
-        query,
-        pad(key).transpose(1, 2),
-        pad(value).transpose(1, 2),
-        age=pad(age, NEVER),
-        span=pad_by_head(span),
-        ramp=ramp,
-        position=position,
-        reach=reach,
-        bias=None if bias is None else pad_by_head(bias),
-        born=None if born is None else pad(born),
-        dropout=dropout,
+        call.query,
+        pad(call.key).transpose(1, 2),
+        pad(call.value).transpose(1, 2),
+        age=pad(call.age, NEVER),
+        span=pad_by_head(call.span),
+        ramp=call.ramp,
+        position=call.position,
+        reach=call.reach,
+        bias=None if call.bias is None else pad_by_head(call.bias),
+        born=None if call.born is None else pad(call.born),
+        dropout=call.dropout,
     )
