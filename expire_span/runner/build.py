@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch.optim import Optimizer
 
+from ..kernels import operator
 from ..transformer import Transformer, TransformerConfig
 
 
@@ -54,9 +55,10 @@ def build_model(config: DictConfig, task: Any, device: torch.device) -> Transfor
     """The config's Transformer for a task, in float64 or, as autocast wants its weights too, float32."""
     sizes = {key: value for key, value in config.transformer.items() if key != "layers"}
     shape = TransformerConfig(vocabulary=task.vocabulary, classes=task.classes, **sizes)
+    dtype = torch.float64 if config.run.precision == "float64" else torch.float32
+    operator.form(shape.kernel, device.type, dtype)  # refused, or compiled, before a clock runs
     memory = [instantiate(config.model) for _ in range(config.transformer.layers)]
-    model = Transformer(shape, memory)
-    return model.to(device, torch.float64 if config.run.precision == "float64" else torch.float32)
+    return Transformer(shape, memory).to(device, dtype)
 
 
 def build_optimiser(config: DictConfig, model: Transformer) -> Optimizer:

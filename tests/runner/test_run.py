@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny import SHRUNK, TASKS, tiny
 
+from expire_span.kernels import packed_cpp
 from expire_span.runner import checkpoint
 from expire_span.runner.loop import train
 from expire_span.runner.prediction import evaluate
@@ -47,12 +48,20 @@ def losses(folder):
     return {row["update"]: row["train/loss"] for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row}
 
 
+def test_a_form_of_the_attention_that_cannot_be_had_is_refused_before_the_training(folder, monkeypatch):
+    monkeypatch.setattr(packed_cpp, "available", lambda: False)
+    with pytest.raises(ValueError, match="kernel='cpp' is for a CPU, and needs a C"):
+        train(tiny("transformer.kernel=cpp"), folder)
+    assert not (folder / "metrics.jsonl").exists()
+
+
 def test_a_run_leaves_figures_protocol_and_a_checkpoint(folder):
     figures = train(tiny(), folder)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["finished"]
     assert summary["figures"]["test/accuracy"] == figures["test/accuracy"]
     assert {"commit", "versions", "command"} <= set(summary)
+    assert summary["protocol"]["attention"] in ("cpp", "torch")
     assert summary["protocol"]["tokens"] == 4 * 16 * checkpoint.load(folder)["blocks"]
     assert (folder / "checkpoint.pt").exists()
     row = read_metrics(folder / "metrics.jsonl")[0]
