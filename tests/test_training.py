@@ -146,6 +146,7 @@ def test_compiled_training_follows_the_same_losses(tmp_path):
 
 def test_memories_that_shrink_and_grow_are_not_compiled_again():
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     memory = [ExpireSpan(32, 256, 8.0, 1e-5, positions=16, init=0.2) for _ in range(2)]
     model = Transformer(TransformerConfig(50, 32, 2, 64), memory)
