@@ -47,8 +47,9 @@ def available() -> bool:
                 fresh.replace(library)  # whole, or not at all: other processes may do the same meanwhile
         torch.ops.load_library(library)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        why = str(getattr(error, "stderr", None) or error).strip().splitlines()
-        print(f"expire-span: attention takes twice as long, as its C++ cannot be had: {why[0]}", file=sys.stderr)
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        why = next((line for line in lines if "error" in line), lines[0])
+        print(f"expire-span: attention takes twice as long, as its C++ cannot be had: {why}", file=sys.stderr)
         return False
     return True
 

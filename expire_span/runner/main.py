@@ -106,6 +106,9 @@ def main() -> None:
     try:
         sys.argv[1:] = evaluating(resumed(sys.argv[1:]))
         run()
+    except KeyboardInterrupt:  # before or after the training, which saves itself
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         end(error)
 

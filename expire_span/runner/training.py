@@ -71,6 +71,7 @@ class Training:
         self.state = {"now": content["now"].to(self.device), "layers": layers}
         self.meter.added.update({name: list(figures) for name, figures in content["meter"].items()})
         self.update, self.blocks, self.run_id = content["update"], content["blocks"], content["run_id"]
+        self.blocks_read = self.blocks  # the clock begins anew
         torch.set_rng_state(content["random"])
         if self.device.type == "cuda" and content["random_cuda"]:
             torch.cuda.set_rng_state_all(content["random_cuda"])

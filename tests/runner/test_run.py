@@ -17,7 +17,8 @@ from tiny import SHRUNK, TASKS, tiny
 
 from expire_span.kernels import packed_cpp
 from expire_span.runner import checkpoint
-from expire_span.runner.loop import train
+from expire_span.runner import main as console
+from expire_span.runner.loop import interval, train, train_update
 from expire_span.runner.prediction import evaluate
 from expire_span.runner.record import read_metrics
 from expire_span.runner.training import Training
@@ -46,6 +47,28 @@ def command(*overrides, folder, cwd=None, **more):
 
 def losses(folder):
     return {row["update"]: row["train/loss"] for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row}
+
+
+def test_the_first_time_a_batch_after_going_on_is_of_the_batches_since(folder, monkeypatch):
+    train(tiny(), folder)
+    training = Training(tiny("train.updates=9999"), folder)
+    assert training.restore()
+    before = training.blocks
+    monkeypatch.setattr(training.watch, "read", lambda: 100.0)
+    train_update(training)
+    assert interval(training)["perf/ms_per_batch"] == 100.0 / (training.blocks - before)
+
+
+def test_ctrl_c_outside_the_training_ends_a_run_with_a_word(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["expire-span"])
+    monkeypatch.setattr(console, "run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        console.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_a_form_of_the_attention_that_cannot_be_had_is_refused_before_the_training(folder, monkeypatch):
