@@ -64,6 +64,7 @@ def test_ctrl_c_outside_the_training_ends_a_run_with_a_word(monkeypatch, capsys)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["expire-span"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it, and what is set here is taken back
     monkeypatch.setattr(console, "run", interrupted)
     with pytest.raises(SystemExit) as ended:
         console.main()
