@@ -4,15 +4,16 @@
 //     a' = m exp(score - lse)              out = a' v            lse = log sum m exp(score)
 //     dP = dout v^T    dm = exp(score - lse) (dP - dout . out)     dscore = m dm     d span = sum_t dm / R, on the ramp
 //
-// Large matrix products are ATen's. What lies between two of them is done here, a row of scores at a time. m multiplies
-// after the exponential, so nothing is divided by it.
+// Some keys at a time, so that their scores stay near the processor: forward, what a query has gathered so far shrinks
+// as a higher score appears. m multiplies after the exponential, so nothing is divided by it.
+
+#include "matrix.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/PhiloxRNGEngine.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -25,52 +26,7 @@ namespace {
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 
-constexpr int64_t TILE = 1 << 21;   // scores worked on at once
-constexpr int64_t SMALL = 1 << 13;  // multiplications
-
-// A matrix in memory that others own.
-template <typename real>
-struct Matrix {
-  real* data;
-  int64_t rows, columns, down, across = 1;  // down, across: steps in memory to the next row and column
-
-  Matrix t() const { return {data, columns, rows, across, down}; }
-  Matrix some_rows(int64_t first, int64_t n) const { return {data + first * down, n, columns, down, across}; }
-  Matrix some_columns(int64_t first, int64_t n) const { return {data + first * across, rows, n, down, across}; }
-  real* row(int64_t i) const { return data + i * down; }
-  Tensor tensor() const {
-    return at::from_blob(data, {rows, columns}, {down, across}, c10::CppTypeToScalarType<real>::value);
-  }
-};
-
-// out = a b, or out += a b. Small products, and those of a single row, are not worth a call.
-template <typename real>
-void multiply(Matrix<real> a, Matrix<real> b, Matrix<real> out, bool add = false) {
-  if (a.rows * a.columns * b.columns > SMALL && a.rows > 1 && a.columns > 1) {
-    Tensor target = out.tensor();
-    add ? at::addmm_out(target, target, a.tensor(), b.tensor()) : at::mm_out(target, a.tensor(), b.tensor());
-    return;
-  }
-  for (int64_t i = 0; i < out.rows; ++i) {
-    real* __restrict row = out.row(i);
-    const real* left = a.row(i);
-    if (!add) std::fill(row, row + out.columns, real(0));
-    if (a.across == 1 && b.down == 1) {
-      for (int64_t j = 0; j < out.columns; ++j) {
-        const real* right = b.data + j * b.across;
-        real sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t k = 0; k < a.columns; ++k) sum += left[k] * right[k];
-        row[j] += sum;
-      }
-    } else {
-      for (int64_t k = 0; k < a.columns; ++k) {
-        const real factor = left[k * a.across], *right = b.row(k);
-        for (int64_t j = 0; j < out.columns; ++j) row[j] += factor * right[j * b.across];
-      }
-    }
-  }
-}
+constexpr int64_t SCORES = 1 << 15, LEAST = 64;  // scores worked on at once, and keys
 
 struct Call {
   Tensor query;    // (B, H, T, D), divided by sqrt(D)
@@ -91,18 +47,13 @@ struct Call {
   int64_t block() const { return query.size(2); }
   int64_t size() const { return query.size(3); }
   int64_t tasks() const { return query.size(0) * query.size(1); }
-  int64_t farthest() const { return table ? table->size(0) : 0; }             // P
-  int64_t width() const { return table ? table->size(0) + 2 * block() : 0; }  // of `terms`, see Task
-  int64_t longest() const {
-    const auto ends = offsets.data_ptr<int64_t>();
-    int64_t most = 0;
-    for (int64_t b = 0; b < query.size(0); ++b) most = std::max(most, ends[b + 1] - ends[b]);
-    return most;
+  int64_t farthest() const { return table ? table->size(0) : 0; }  // P
+  // (D, P + LINE): the table turned, and zeros.
+  Maybe turned_table() const {
+    if (!table) return std::nullopt;
+    return at::cat({table->t(), at::zeros({size(), LINE}, table->options())}, 1);
   }
-  int64_t rows() const {  // queries worked on at once
-    const int64_t tiles = (block() * std::max(longest(), width()) + TILE - 1) / TILE;
-    return (block() + tiles - 1) / tiles;
-  }
+  int64_t keys_at_once() const { return std::max(LEAST, SCORES / block() / LEAST * LEAST); }
 
   // What would be read beyond its end is refused.
   void check() const {
@@ -132,12 +83,147 @@ inline float exponential(float x) {
 }
 inline double exponential(double x) { return std::exp(x); }
 
-// What the n keys of a task have, and the queries make of it.
+// One head of one sample.
+template <typename real>
+struct Head {
+  const Call& call;
+  const int64_t sample, head, first, n;
+  at::Philox4_32 chance;
+
+  Head(const Call& call, int64_t number)
+      : call(call), sample(number / call.heads()), head(number % call.heads()),
+        first(call.offsets.data_ptr<int64_t>()[sample]), n(call.offsets.data_ptr<int64_t>()[sample + 1] - first),
+        chance(call.seed, number) {}
+
+  // Its part of what has the shape (B, H, T, D), (N, H, D), (B, H, T) or (H, N).
+  Matrix<real> of_queries(const Tensor& all) const {
+    real* data = all.data_ptr<real>() + sample * all.stride(0) + head * all.stride(1);
+    return {data, call.block(), call.size(), all.stride(2), all.stride(3)};
+  }
+  Matrix<real> of_keys(const Tensor& all) const {
+    real* data = all.data_ptr<real>() + first * all.stride(0) + head * all.stride(1);
+    return {data, n, call.size(), all.stride(0), all.stride(2)};
+  }
+  real* by_query(const Tensor& all) const {
+    return all.data_ptr<real>() + (sample * call.heads() + head) * call.block();
+  }
+  real* by_key(const Tensor& all) const { return all.data_ptr<real>() + head * all.size(1) + first; }
+
+  // The farthest age at which query t sees a key.
+  real limit(int64_t t) const {
+    if (!call.reach) return std::numeric_limits<real>::infinity();
+    return static_cast<real>(call.reach->accessor<int64_t, 2>()[sample][t] - t);
+  }
+
+  // Draws the factors of dropout for the next weights, 0 or 1 / (1 - p): the same forward and backward.
+  void drop(std::vector<real>& kept) {
+    const auto bar = static_cast<uint32_t>(call.dropout * 4294967295.0);
+    const real scale = static_cast<real>(1 / (1 - call.dropout));
+    for (auto& each : kept) each = chance() >= bar ? scale : real(0);
+  }
+};
+
+// Some of a head's keys: what they have, their scores with all queries, and what is made of these.
 template <typename real>
 struct Keys {
-  int64_t n;
+  int64_t n = 0;
+  real ramp = 1;
   std::vector<real> age, remaining, from, bias;  // (n,): remaining is span - age; seen from query `from` on
-  real ramp;
+  std::vector<real> kept;                        // (n,): the factors of dropout of one query's weights
+  std::vector<int64_t> column;                   // (n,): of query 0 in `terms`; the next query's is one less
+  int64_t near = 0, far = 0;                     // the keys that the table may reach are near to far
+  bool neighbours = true;                        // whether the column of each of these follows the last one's
+  int64_t row = 0, begin = 0, end = 0;           // columns begin to end of `terms` are the table's rows from `row` on
+  Matrix<real> score, dscore;                    // (T, n)
+  Matrix<real> terms;                            // (T, columns): q . p by distance, the farthest first, between zeros
+  Scratch<real> scores, dscores, all_terms, turned;
+
+  // Takes up the `many` keys from `start` on.
+  void take(const Head<real>& head, int64_t start, int64_t many) {
+    const Call& call = head.call;
+    const int64_t block = call.block(), reached = call.farthest(), first = head.first + start;
+    const auto ages = call.age.data_ptr<int64_t>() + first;
+    const auto born = call.born ? call.born->data_ptr<int64_t>() + first : nullptr;
+    const auto span = call.span.accessor<real, 2>();
+    int64_t nearest = reached + 1, farthest = 1 - block;  // of the ages, as far as they matter to the table
+    n = many, ramp = static_cast<real>(call.ramp), near = n, far = 0;
+    age.resize(n), remaining.resize(n), from.resize(n), column.resize(n), bias.assign(n, 0), kept.assign(n, 1);
+    for (int64_t s = 0; s < n; ++s) {
+      age[s] = static_cast<real>(ages[s]);
+      remaining[s] = span[first + s][head.head] - age[s];
+      from[s] = static_cast<real>(born ? born[s] : 1) - age[s];
+      if (call.bias) bias[s] = call.bias->accessor<real, 2>()[first + s][head.head];
+      column[s] = std::clamp(ages[s], 1 - block, reached + 1);
+      nearest = std::min(nearest, column[s]), farthest = std::max(farthest, column[s]);
+      if (call.table && ages[s] <= reached) near = std::min(near, s), far = s + 1;
+    }
+    for (auto& each : column) each = farthest - each + block - 1;
+    score = scores.of(block, n), dscore = dscores.of(block, n);
+    if (near >= far) return;
+    neighbours = true;
+    for (int64_t s = near + 1; s < far; ++s) neighbours &= column[s] == column[s - 1] + 1;
+    const int64_t columns = farthest - nearest + block, before = reached - farthest - block + 1;
+    begin = std::max<int64_t>(0, -before), end = std::min(columns, reached - before), row = before + begin;
+    terms = all_terms.of(block, columns);
+  }
+
+  // out = a b^T. For a few rows, turning b is not worth it.
+  void multiply_turned(Matrix<real> a, Matrix<real> b, Matrix<real> out) {
+    if (a.rows < ROWS) return multiply(a, b.t(), out);
+    const auto across = turned.of(b.columns, b.rows);
+    turn(b, across);
+    multiply(a, whole(across), whole(out));
+  }
+
+  // score = q . k + q . p
+  void products(Matrix<real> query, Matrix<real> key, const Maybe& turned_table) {
+    multiply_turned(query, key, score);
+    if (near >= far) return;
+    for (int64_t t = 0; t < terms.rows; ++t) std::fill(terms.row(t), terms.row(t) + terms.columns, real(0));
+    const int64_t all = turned_table->size(1), columns = round_up(end - begin);
+    const Matrix<real> table{turned_table->data_ptr<real>() + row, query.columns, columns, all};
+    multiply(query, table, terms.some_columns(begin, columns));
+    for (int64_t t = 0; t < score.rows; ++t) add_terms(score.row(t), terms.row(t) - t);
+  }
+
+  void add_terms(real* __restrict x, const real* from) const {
+    const auto columns = column.data();
+    if (neighbours) {
+      from += columns[near] - near;
+#pragma omp simd
+      for (int64_t s = near; s < far; ++s) x[s] += from[s];
+    } else {
+#pragma omp simd
+      for (int64_t s = near; s < far; ++s) x[s] += from[columns[s]];
+    }
+  }
+
+  // The reverse of `products`: adds to the gradients of query and table, given that of the scores.
+  void products_gradient(
+      Matrix<real> query, Matrix<real> key, const Maybe& table, Matrix<real> dquery, Matrix<real> dkey, real* dtable) {
+    multiply(dscore, key, dquery, true);
+    multiply(dscore.t(), query, dkey);
+    if (near >= far) return;
+    for (int64_t t = 0; t < terms.rows; ++t) {
+      std::fill(terms.row(t), terms.row(t) + terms.columns, real(0));
+      gather_terms(dscore.row(t), terms.row(t) - t);
+    }
+    const int64_t size = query.columns, rows = end - begin;
+    const auto middle = terms.some_columns(begin, rows);
+    multiply(middle, Matrix<real>{table->data_ptr<real>() + row * size, rows, size, size}, dquery, true);
+    multiply(middle.t(), query, Matrix<real>{dtable + row * size, rows, size, size}, true);
+  }
+
+  void gather_terms(const real* __restrict ds, real* __restrict to) const {
+    const auto columns = column.data();
+    if (neighbours) {
+      to += columns[near] - near;
+#pragma omp simd
+      for (int64_t s = near; s < far; ++s) to[s] += ds[s];
+    } else {
+      for (int64_t s = near; s < far; ++s) to[columns[s]] += ds[s];
+    }
+  }
 
   // Adds the bias to query t's scores x, takes `less` off, and makes -inf of what it does not see. Returns the highest.
   real mask(real t, real limit, real less, real* __restrict x) const {
@@ -167,146 +253,53 @@ struct Keys {
   }
 
   // From scores x and dP: a' (dropped) in x, and dscore in dP; adds to dspan.
-  void differentiate(
-      real t, real mean, const real* __restrict kept, real* __restrict x, real* __restrict dP,
-      real* __restrict dspan) const {
-    const real *remaining_ = remaining.data(), slope = 1 / ramp;
+  void differentiate(real t, real mean, real* __restrict x, real* __restrict dP, real* __restrict dspan) const {
+    const real *remaining_ = remaining.data(), *kept_ = kept.data(), slope = 1 / ramp;
 #pragma omp simd
     for (int64_t s = 0; s < n; ++s) {
       const real left = 1 + (remaining_[s] - t) * slope, m = std::min(std::max(left, real(0)), real(1));
-      const real weight = exponential(x[s]), dm = weight * (dP[s] * kept[s] - mean);
+      const real weight = exponential(x[s]), dm = weight * (dP[s] * kept_[s] - mean);
       dspan[s] += (left > 0) & (left <= 1) ? dm * slope : real(0);
       dP[s] = m * dm;
-      x[s] = m * weight * kept[s];
+      x[s] = m * weight * kept_[s];
     }
-  }
-};
-
-// One head of one sample.
-template <typename real>
-struct Task {
-  const Call& call;
-  const int64_t sample, head, first, n;
-  const Matrix<real> query, key, value, table;  // (T, D), (n, D) twice, (P, D)
-  Keys<real> keys;
-  std::vector<int32_t> column;  // (n,): in query 0's row of `terms`
-  int64_t near = 0, far = 0;    // the keys that the table may reach are near to far
-  std::vector<real> kept;       // (n,): the factors of dropout, 0 or 1 / (1 - p), of one query's weights
-  at::Philox4_32 chance;
-
-  Task(const Call& call, int64_t number)
-      : call(call), sample(number / call.heads()), head(number % call.heads()),
-        first(call.offsets.data_ptr<int64_t>()[sample]), n(call.offsets.data_ptr<int64_t>()[sample + 1] - first),
-        query(of_queries(call.query)), key(of_keys(call.key)), value(of_keys(call.value)),
-        table{call.table ? call.table->data_ptr<real>() : nullptr, call.farthest(), call.size(), call.size()},
-        column(n), kept(n, 1), chance(call.seed, number) {
-    const auto ages = call.age.data_ptr<int64_t>() + first;
-    const auto born = call.born ? call.born->data_ptr<int64_t>() + first : nullptr;
-    const auto span = call.span.accessor<real, 2>();
-    const int64_t reached = call.farthest();
-    keys = {n, std::vector<real>(n), std::vector<real>(n), std::vector<real>(n), std::vector<real>(n, 0),
-            static_cast<real>(call.ramp)};
-    near = n;
-    for (int64_t s = 0; s < n; ++s) {
-      keys.age[s] = static_cast<real>(ages[s]);
-      keys.remaining[s] = span[first + s][head] - keys.age[s];
-      keys.from[s] = static_cast<real>(born ? born[s] : 1) - keys.age[s];
-      if (call.bias) keys.bias[s] = call.bias->accessor<real, 2>()[first + s][head];
-      column[s] = static_cast<int32_t>(reached + call.block() - std::clamp(ages[s], 1 - call.block(), reached + 1));
-      if (call.table && ages[s] <= reached) {
-        near = std::min(near, s);
-        far = s + 1;
-      }
-    }
-    near = std::min(near, far);
-  }
-
-  // This task's part of what has the shape (B, H, T, D), or (N, H, D).
-  Matrix<real> of_queries(const Tensor& all) const {
-    real* data = all.data_ptr<real>() + sample * all.stride(0) + head * all.stride(1);
-    return {data, call.block(), call.size(), all.stride(2), all.stride(3)};
-  }
-  Matrix<real> of_keys(const Tensor& all) const {
-    real* data = all.data_ptr<real>() + first * all.stride(0) + head * all.stride(1);
-    return {data, n, call.size(), all.stride(0), all.stride(2)};
-  }
-
-  // The farthest age at which query t sees a key.
-  real limit(int64_t t) const {
-    if (!call.reach) return std::numeric_limits<real>::infinity();
-    return static_cast<real>(call.reach->accessor<int64_t, 2>()[sample][t] - t);
-  }
-
-  // q . k + q . p of the queries from t on, into score (rows, n). terms (rows, P + 2 T) holds q . p by distance, the
-  // farthest first, between zeros; one step to the next query shifts a key by one column.
-  void products(int64_t t, Matrix<real> score, Matrix<real> terms) const {
-    const auto part = query.some_rows(t, score.rows);
-    multiply(part, key.t(), score);
-    if (near == far) return;
-    multiply(part, table.t(), terms.some_columns(call.block(), call.farthest()));
-    const auto columns = column.data();
-    for (int64_t i = 0; i < score.rows; ++i) {
-      real* __restrict x = score.row(i);
-      const real* row = terms.row(i) - (t + i);
-#pragma omp simd
-      for (int64_t s = near; s < far; ++s) x[s] += row[columns[s]];
-    }
-  }
-
-  // The reverse: the gradient of terms, given that of the scores.
-  void terms_gradient(int64_t t, Matrix<real> dscore, Matrix<real> dterms) const {
-    for (int64_t i = 0; i < dscore.rows; ++i) {
-      const real* __restrict ds = dscore.row(i);
-      real* row = dterms.row(i) - (t + i);
-      std::fill(dterms.row(i), dterms.row(i) + dterms.columns, real(0));
-      for (int64_t s = near; s < far; ++s) row[column[s]] += ds[s];
-    }
-  }
-
-  // Draws `kept` for the next query: the same numbers forward and backward.
-  void drop() {
-    const auto bar = static_cast<uint32_t>(call.dropout * 4294967295.0);
-    const real scale = static_cast<real>(1 / (1 - call.dropout));
-    for (auto& each : kept) each = chance() >= bar ? scale : real(0);
   }
 };
 
 template <typename real>
 void forward_of(const Call& call, const Tensor& out, const Tensor& lse) {
-  const int64_t block = call.block(), most = call.rows(), width = call.width();
-  at::parallel_for(0, call.tasks(), 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    std::vector<real> scores(most * call.longest()), around(most * width, 0);
-    for (int64_t number = begin; number < end; ++number) {
-      Task<real> task(call, number);
-      if (task.n == 0) continue;
-      real* logs = lse.data_ptr<real>() + number * block;
-      for (int64_t start = 0; start < block; start += most) {
-        const int64_t rows = std::min(most, block - start);
-        const Matrix<real> score{scores.data(), rows, task.n, task.n}, terms{around.data(), rows, width, width};
-        const auto part = task.of_queries(out).some_rows(start, rows);  // (rows, D)
-        std::vector<real> scale(rows, 1);
-        task.products(start, score, terms);
-        for (int64_t i = 0; i < rows; ++i) {
-          const real t = static_cast<real>(start + i);
-          real* x = score.row(i);
-          const real high = task.keys.mask(t, task.limit(start + i), 0, x);
-          if (std::isinf(high)) {  // nothing is seen; what is not a number stays so
-            std::replace(x, x + task.n, -std::numeric_limits<real>::infinity(), real(0));
-            continue;
-          }
-          const real total = task.keys.weigh(t, high, x);
-          if (total == 0) continue;
-          logs[start + i] = high + std::log(total);
-          scale[i] = 1 / total;
+  const real never = -std::numeric_limits<real>::infinity();
+  const Maybe turned_table = call.turned_table();
+  at::parallel_for(0, call.tasks(), 1, [&](int64_t first, int64_t last) {
+    Keys<real> keys;
+    std::vector<real> high(call.block()), total(call.block());
+    for (int64_t number = first; number < last; ++number) {
+      Head<real> head(call, number);
+      const auto query = head.of_queries(call.query), mixed = head.of_queries(out);  // (T, D)
+      real* logs = head.by_query(lse);
+      high.assign(call.block(), never), total.assign(call.block(), 0);
+      for (int64_t start = 0; start < head.n; start += keys.n) {
+        keys.take(head, start, std::min(head.n - start, call.keys_at_once()));
+        keys.products(query, head.of_keys(call.key).some_rows(start, keys.n), turned_table);
+        for (int64_t t = 0; t < call.block(); ++t) {
+          real* x = keys.score.row(t);
+          const real now = std::max(high[t], keys.mask(t, head.limit(t), 0, x));
+          const real from = now == never ? 0 : now, shrunk = exponential(high[t] - from);
+          high[t] = now;
+          total[t] = total[t] * shrunk + keys.weigh(t, from, x);
+          if (shrunk < 1 && start > 0)
+            for (int64_t d = 0; d < mixed.columns; ++d) mixed.row(t)[d] *= shrunk;
           if (call.dropout > 0) {
-            task.drop();
-            for (int64_t s = 0; s < task.n; ++s) x[s] *= task.kept[s];
+            head.drop(keys.kept);
+            for (int64_t s = 0; s < keys.n; ++s) x[s] *= keys.kept[s];
           }
         }
-        multiply(score, task.value, part);
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t d = 0; d < part.columns; ++d) part.row(i)[d] *= scale[i];
+        multiply(keys.score, head.of_keys(call.value).some_rows(start, keys.n), mixed, true);
+      }
+      for (int64_t t = 0; t < call.block(); ++t) {
+        if (total[t] == 0) continue;  // sees nothing: 0
+        logs[t] = high[t] + std::log(total[t]);
+        for (int64_t d = 0; d < mixed.columns; ++d) mixed.row(t)[d] /= total[t];
       }
     }
   });
@@ -320,44 +313,29 @@ struct Gradients {
 
 template <typename real>
 void backward_of(const Call& call, const Tensor& dout, const Tensor& delta, const Tensor& lse, const Gradients& grad) {
-  const int64_t block = call.block(), most = call.rows(), width = call.width();
-  at::parallel_for(0, call.tasks(), 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    std::vector<real> scores(most * call.longest()), dscores(scores.size()), around(most * width, 0), daround(around);
-    for (int64_t number = begin; number < end; ++number) {
-      Task<real> task(call, number);
-      if (task.n == 0) continue;
-      const real *logs = lse.data_ptr<real>() + number * block, *means = delta.data_ptr<real>() + number * block;
-      const int64_t own = task.head * call.key.size(0) + task.first;  // in (H, N)
-      real* dspan = grad.span.data_ptr<real>() + own;
-      real* dbias = grad.bias.defined() ? grad.bias.data_ptr<real>() + own : nullptr;
-      for (int64_t start = 0; start < block; start += most) {
-        const int64_t rows = std::min(most, block - start);
-        const Matrix<real> score{scores.data(), rows, task.n, task.n}, dscore{dscores.data(), rows, task.n, task.n};
-        const auto above = task.of_queries(dout).some_rows(start, rows);  // (rows, D)
-        task.products(start, score, {around.data(), rows, width, width});
-        multiply(above, task.value.t(), dscore);  // dP
-        for (int64_t i = 0; i < rows; ++i) {
-          const real t = static_cast<real>(start + i), log = logs[start + i];
-          if (call.dropout > 0 && !std::isinf(log)) task.drop();
-          task.keys.mask(t, task.limit(start + i), log, score.row(i));
-          task.keys.differentiate(t, means[start + i], task.kept.data(), score.row(i), dscore.row(i), dspan);
-          if (dbias)
-            for (int64_t s = 0; s < task.n; ++s) dbias[s] += dscore.row(i)[s];
+  const Maybe turned_table = call.turned_table();
+  at::parallel_for(0, call.tasks(), 1, [&](int64_t first, int64_t last) {
+    Keys<real> keys;
+    real* dtable = call.table ? grad.table[at::get_thread_num()].data_ptr<real>() : nullptr;
+    for (int64_t number = first; number < last; ++number) {
+      Head<real> head(call, number);
+      const auto query = head.of_queries(call.query), above = head.of_queries(dout);  // (T, D)
+      const real *logs = head.by_query(lse), *means = head.by_query(delta);
+      real *dspan = head.by_key(grad.span), *dbias = call.bias ? head.by_key(grad.bias) : nullptr;
+      for (int64_t start = 0; start < head.n; start += keys.n) {
+        keys.take(head, start, std::min(head.n - start, call.keys_at_once()));
+        const auto some = [&](const Tensor& all) { return head.of_keys(all).some_rows(start, keys.n); };  // (n, D)
+        keys.products(query, some(call.key), turned_table);
+        keys.multiply_turned(above, some(call.value), keys.dscore);  // dP
+        for (int64_t t = 0; t < call.block(); ++t) {
+          real *x = keys.score.row(t), *dx = keys.dscore.row(t);
+          if (call.dropout > 0) head.drop(keys.kept);
+          keys.mask(t, head.limit(t), logs[t], x);
+          keys.differentiate(t, means[t], x, dx, dspan + start);
+          for (int64_t s = 0; dbias && s < keys.n; ++s) dbias[start + s] += dx[s];
         }
-        const auto query = task.query.some_rows(start, rows);  // (rows, D)
-        const auto dquery = task.of_queries(grad.query).some_rows(start, rows);
-        multiply(dscore, task.key, dquery);
-        multiply(dscore.t(), query, task.of_keys(grad.key), start > 0);
-        multiply(score.t(), above, task.of_keys(grad.value), start > 0);
-        if (task.near < task.far) {
-          const Matrix<real> dterms{daround.data(), rows, width, width};
-          task.terms_gradient(start, dscore, dterms);
-          const auto middle = dterms.some_columns(block, call.farthest());
-          multiply(middle, task.table, dquery, true);
-          multiply(middle.t(), query, {grad.table[at::get_thread_num()].data_ptr<real>(), call.farthest(), call.size(),
-                                       call.size()}, true);
-        }
+        multiply(keys.score.t(), above, some(grad.value));
+        keys.products_gradient(query, some(call.key), call.table, head.of_queries(grad.query), some(grad.key), dtable);
       }
     }
   });
@@ -380,7 +358,8 @@ std::vector<Tensor> backward(
     Tensor span, double ramp, Maybe table, Maybe reach, Maybe bias, Maybe born, double dropout, int64_t seed) {
   const Call call{query, key, value, offsets, age, span, ramp, table, reach, bias, born, dropout, seed};
   const auto like = query.options();
-  Gradients grad{at::zeros_like(query), at::empty(key.sizes(), like), at::empty(value.sizes(), like),
+  Gradients grad{at::zeros({query.size(0), query.size(2), query.size(1), query.size(3)}, like).transpose(1, 2),
+                 at::empty(key.sizes(), like), at::empty(value.sizes(), like),
                  at::zeros({query.size(1), key.size(0)}, like)};
   if (bias) grad.bias = at::zeros_like(grad.span);
   if (table) grad.table = at::zeros({at::get_num_threads(), table->size(0), table->size(1)}, like);

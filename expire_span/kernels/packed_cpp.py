@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("packed_cpp.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("packed_cpp.cpp", "matrix.h")]
 FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 AVX2 = ["-mavx2", "-mfma"]
 VECTORS = {"AVX2": AVX2, "AVX512": [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]}  # by torch's names
@@ -25,7 +25,7 @@ def command(compiler: str, target: Path) -> list[str]:
     here = ["-DAT_PARALLEL_OPENMP=1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     here += VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
     folders = [f"-I{each}" for each in include_paths()] + [f"-L{each}" for each in library_paths()]
-    return [*shlex.split(compiler), *FLAGS, *here, *folders, str(SOURCE), "-o", str(target), "-ltorch_cpu", "-lc10"]
+    return [*shlex.split(compiler), *FLAGS, *here, *folders, str(SOURCES[0]), "-o", str(target), "-ltorch_cpu", "-lc10"]
 
 
 @cache
@@ -35,7 +35,7 @@ def available() -> bool:
         return False
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
     try:
-        recipe = " ".join(command(compiler, Path())) + torch.__version__ + SOURCE.read_text()
+        recipe = " ".join(command(compiler, Path())) + torch.__version__ + "".join(each.read_text() for each in SOURCES)
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expire-span"
         library = folder / f"attention-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
         if not library.exists():
