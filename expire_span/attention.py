@@ -4,7 +4,7 @@
     a' = m exp(score) / sum m exp(score)        which is        softmax(score + log m)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,9 +79,20 @@ def span_attention(
 
 
 def samples_of(offsets: Tensor, total: int) -> Tensor:
-    """(N,): the sample that each packed row belongs to; sample b owns rows offsets[b] to offsets[b + 1]."""
-    samples = torch.arange(len(offsets) - 1, device=offsets.device)
-    return torch.repeat_interleave(samples, offsets.diff(), output_size=total)
+    """(N,): the sample that each packed row belongs to, by offsets (B + 1,) or (parts, B + 1)."""
+    lengths = offsets.diff()  # (parts, B)
+    samples = torch.arange(lengths.shape[-1], device=offsets.device).expand_as(lengths)
+    return torch.repeat_interleave(samples.flatten(), lengths.flatten(), output_size=total)
+
+
+def together(offsets: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The order (N,) in which each sample's rows of all parts stand together, and their offsets (B + 1,) in it."""
+    lengths = offsets.diff().T.flatten()  # (B parts,): of each sample's rows of each part
+    ends = lengths.cumsum(0)
+    moved = offsets[:, :-1].T.flatten() - (ends - lengths)  # (B parts,)
+    order = torch.arange(total, device=offsets.device)
+    order = order + torch.repeat_interleave(moved, lengths, output_size=total)
+    return order, torch.cat([ends.new_zeros(1), ends[len(offsets) - 1 :: len(offsets)]])
 
 
 def packed_span_attention(
@@ -102,22 +113,26 @@ def packed_span_attention(
 ) -> Tensor:
     """`span_attention` over packed keys: sample b owns rows offsets[b] to offsets[b + 1]. The one door to faster forms.
 
-    query (B, H, T, D); key, value (N, H, D); offsets (B + 1,); age, born (N,); span, bias broadcastable to (N, H);
-    position, reach, ramp and dropout as above. Returns (B, H, T, D).
+    query (B, H, T, D); key, value (N, H, D); offsets (B + 1,), or (parts, B + 1) where each sample has rows in several
+    places; age, born (N,); span, bias broadcastable to (N, H); position, reach, ramp and dropout as above. Returns
+    (B, H, T, D).
 
     kernel: "definition" pads and calls it. The others keep nothing as large as the scores for the backward pass: "cpp"
     is for the CPU, "triton" for CUDA; "torch" is the definition again, some samples at a time, and made anew backward.
     Each draws its own dropout. "auto" takes the first of these that can be had.
     """
-    if not torch.compiler.is_compiling():  # else the operator itself looks what there is
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # else the operator itself looks what there is
         kernel = operator.form(kernel, query.device.type, query.dtype)
     if kernel in ("definition", "torch"):
-        call = Packed(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout)
+        call = put_together(Packed(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout))
         return padded(call) if kernel == "definition" else in_parts(call)
     seed = int(torch.randint(2**31 - 1, ())) if dropout else 0  # on the CPU: no device is waited for
-    arguments = (query, key, value, offsets, age, torch.atleast_2d(span), float(ramp), position, reach)
+    offsets, span = torch.atleast_2d(offsets), torch.atleast_2d(span)
+    arguments = (query, key, value, offsets, age, span, float(ramp), position, reach)
     bias = None if bias is None else torch.atleast_2d(bias)
-    out, _ = torch.ops.expire_span.attention(*arguments, bias, born, dropout, seed, kernel)
+    attention = torch.ops.expire_span.attention if compiling else operator.Eager.apply
+    out, _ = attention(*arguments, bias, born, dropout, seed, kernel)
     return out
 
 
@@ -137,6 +152,20 @@ class Packed(NamedTuple):
     born: Tensor | None
     dropout: float
 
+    def by_row(self, change: Callable[[Tensor], Any]) -> dict[str, Any]:
+        """By name, what `change` makes of each tensor that has a row for every key."""
+        rows = {name: getattr(self, name) for name in ("key", "value", "age", "span", "bias", "born")}
+        wide = {name: each for name, each in rows.items() if each is not None and each.shape[:1] == self.age.shape}
+        return {name: change(each) for name, each in wide.items()}
+
+
+def put_together(call: Packed) -> Packed:
+    """With each sample's rows together."""
+    if call.offsets.dim() == 1:
+        return call
+    order, offsets = together(call.offsets, len(call.key))
+    return call._replace(offsets=offsets, **call.by_row(lambda rows: rows.index_select(0, order)))
+
 
 def in_parts(call: Packed) -> Tensor:
     """`packed_span_attention` by its definition, some samples at a time, of which nothing is kept but what came in."""
@@ -145,16 +174,10 @@ def in_parts(call: Packed) -> Tensor:
     firsts = range(0, samples, each)
     sizes = call.offsets[[*firsts, samples]].diff().tolist()  # rows of a part
 
-    def by_row(packed: Tensor | None) -> Sequence[Tensor | None]:
-        if packed is None or packed.dim() == 0 or len(packed) != len(call.key):
-            return [packed] * len(sizes)  # the same for all
-        return packed.split(sizes)
-
-    own: dict[str, Sequence[Any]] = {
-        name: by_row(getattr(call, name)) for name in ("key", "value", "age", "span", "bias", "born")
-    }
+    own: dict[str, Sequence[Any]] = call.by_row(lambda rows: rows.split(sizes))
     own["query"] = call.query.split(each)
-    own["reach"] = by_row(None) if call.reach is None else call.reach.split(each)
+    if call.reach is not None:
+        own["reach"] = call.reach.split(each)
     own["offsets"] = [call.offsets[first : first + each + 1] - call.offsets[first] for first in firsts]
     parts = [call._replace(**dict(zip(own, values, strict=True))) for values in zip(*own.values(), strict=True)]
     return torch.cat([checkpoint(padded, part, use_reentrant=False) for part in parts])

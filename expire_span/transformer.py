@@ -13,7 +13,7 @@ from .attention import NEVER, fade, packed_span_attention, samples_of
 from .heads import AdaptiveSoftmax, Softmax
 from .kernels.operator import KERNELS
 from .memory.mechanism import Mechanism, memory_size, reached
-from .memory.packed import Memory, Order, dense, empty, interleaved, join, order_of, select
+from .memory.packed import Memory, beside, dense, empty, select
 
 State = dict[str, Any]
 
@@ -57,29 +57,24 @@ class TransformerConfig:
 
 
 class Projection(torch.autograd.Function):
-    """Keys and values (N, d) of hidden states (N, d) that were joined out of `parts`.
+    """Keys and values (N, d) of hidden states (N, d): parts (n, d), one after another.
 
     Only the parts are kept for the backward pass, as they are there anyway; and only those that want a gradient get it.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, key: Tensor, value: Tensor, order: Tensor, *places_and_parts: Tensor):
-        ctx.save_for_backward(key, value, order, *places_and_parts)
+    def forward(ctx: Any, hidden: Tensor, key: Tensor, value: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(key, value, *parts)
         return linear(hidden, key), linear(hidden, value)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        of_key, of_value = gradients
-        key, value, order, *places_and_parts = ctx.saved_tensors
-        half = len(places_and_parts) // 2
-        places, parts = places_and_parts[:half], places_and_parts[half:]
-        hidden = torch.cat(parts).index_select(0, order).to(of_key.dtype)  # (N, d)
-        found: list[Tensor | None] = []
-        for rows, needed in zip(places, ctx.needs_input_grad[4 + half :], strict=True):
-            pairs = ((of_key, key), (of_value, value)) if needed else ()
-            through = [each.index_select(0, rows) @ weight.to(each.dtype) for each, weight in pairs]
-            found.append(through[0] + through[1] if needed else None)
-        return None, of_key.T @ hidden, of_value.T @ hidden, *[None] * (1 + half), *found
+    def backward(ctx: Any, of_key: Tensor, of_value: Tensor) -> tuple[Tensor | None, ...]:
+        key, value, *parts = (each.to(of_key.dtype) for each in ctx.saved_tensors)
+        sizes = [len(part) for part in parts]
+        by_part = list(zip(of_key.split(sizes), of_value.split(sizes), parts, strict=True))
+        weights = [sum(each[number].T @ each[2] for each in by_part) for number in (0, 1)]
+        needed = zip(by_part, ctx.needs_input_grad[3:], strict=True)
+        return None, *weights, *(k @ key + v @ value if wanted else None for (k, v, _), wanted in needed)
 
 
 class MemoryAttention(nn.Module):
@@ -97,9 +92,9 @@ class MemoryAttention(nn.Module):
         """Keys and values (N, H, D) of hidden states (N, d)."""
         return self.by_head(self.key(hidden)), self.by_head(self.value(hidden))
 
-    def project_joined(self, hidden: Tensor, order: Order, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The same, of what was joined out of parts."""
-        key, value = Projection.apply(hidden, self.key.weight, self.value.weight, order.order, *order.places, *parts)
+    def project_parts(self, hidden: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The same, of parts that stand one after another in hidden."""
+        key, value = Projection.apply(hidden, self.key.weight, self.value.weight, *parts)
         return self.by_head(key), self.by_head(value)
 
     def by_head(self, states: Tensor) -> Tensor:  # (..., d) -> (..., H, D)
@@ -128,7 +123,8 @@ class Layer(nn.Module):
         self.norm_feedforward = nn.LayerNorm(size)
 
     def feedforward(self, hidden: Tensor) -> Tensor:
-        return self.feedforward_out(dropout(relu(self.feedforward_in(hidden)), self.dropout, self.training))
+        inner = relu(self.feedforward_in(hidden), inplace=True)  # (B, T, feedforward_size)
+        return self.feedforward_out(dropout(inner, self.dropout, self.training))
 
     def seen(self, memory: Memory) -> Memory:
         """As attention sees it."""
@@ -144,17 +140,16 @@ class Layer(nn.Module):
         seen = self.seen(memory)
         return memory._replace(projected=(*self.attention.project(seen.hidden), self.spans(seen)))
 
-    def joined(self, *parts: Memory) -> Memory:
+    def entries(self, *parts: Memory) -> Memory:
         """All that can be seen, with keys, values and spans: in training made of all at once, else when each enters."""
         if not torch.is_grad_enabled():
-            return join(*(self.projected(part) for part in parts))
+            return beside(*(self.projected(part) for part in parts))
         seen = [self.seen(part) for part in parts]
-        order, states = order_of(*parts), [part.hidden for part in seen]
-        entries = join(*(part._replace(hidden=part.hidden.detach()) for part in parts), order=order)
-        hidden = interleaved(order, *states) if self.pre_norm else entries.hidden
-        key, value = self.attention.project_joined(hidden.detach(), order, states)
-        span = interleaved(order, *(self.spans(part) for part in seen))
-        return entries._replace(projected=(key, value, span))
+        states = [part.hidden for part in seen]
+        entries = beside(*(part._replace(hidden=part.hidden.detach()) for part in parts))
+        hidden = torch.cat(states).detach() if self.pre_norm else entries.hidden
+        key, value = self.attention.project_parts(hidden, states)
+        return entries._replace(projected=(key, value, torch.cat([self.spans(part) for part in seen])))
 
     def forward(
         self,
@@ -172,7 +167,7 @@ class Layer(nn.Module):
         samples, block, _ = hidden.shape
         time = now + torch.arange(block, device=hidden.device)  # (T,)
         pooled = self.memory.pool(memory, time)
-        entries = self.joined(memory, *([] if pooled is None else [pooled]), dense(hidden, time))  # N rows
+        entries = self.entries(memory, *([] if pooled is None else [pooled]), dense(hidden, time))  # N rows
         assert entries.projected is not None
         key, value, span = entries.projected  # (N, H, D) twice, (N, H or 1)
         sample, age = samples_of(entries.offsets, len(entries.time)), now - entries.time  # (N,)

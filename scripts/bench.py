@@ -57,8 +57,8 @@ class ByLot(ExpireSpan):
     kept = 1.0
 
     def lot(self, time: Tensor, sample: Tensor) -> Tensor:
-        mixed = (time * 2_654_435_761 + sample * 2_246_822_519) % 2**32
-        return (mixed ^ (mixed >> 15)) * 2_246_822_519 % 2**32 / 2**32
+        mixed = (time * 2_654_435_761 + sample * 2_246_822_519) & (2**32 - 1)
+        return ((mixed ^ (mixed >> 15)) * 2_246_822_519 & (2**32 - 1)) / 2**32
 
     def span(self, memory: Memory) -> Tensor:
         predicted = super().span(memory)

@@ -115,12 +115,14 @@ void multiply(Matrix<real> a, Matrix<real> b, Matrix<real> out, bool add = false
     }
 }
 
-// out = a^T.
+// out = a^T. Rows are asked for ahead: a's come from afar.
 template <typename real>
 void turn(Matrix<real> a, Matrix<real> out) {
   using Four = Lanes<real, 4>;
   const int64_t rows = a.rows / 4 * 4, columns = a.across == 1 ? a.columns / 4 * 4 : 0;
-  for (int64_t i = 0; i < rows; i += 4)
+  for (int64_t i = 0; i < rows; i += 4) {
+    for (int k = 0; k < 4; ++k)
+      for (int64_t j = 0; j < columns; j += 64 / sizeof(real)) __builtin_prefetch(a.row(i + 16 + k) + j);
     for (int64_t j = 0; j < columns; j += 4) {
       Four x[4], pairs[4];
       for (int k = 0; k < 4; ++k) x[k] = load<Four>(a.row(i + k) + j);
@@ -134,6 +136,7 @@ void turn(Matrix<real> a, Matrix<real> out) {
       }
       for (int k = 0; k < 4; ++k) std::memcpy(out.row(j + k) + i, &x[k], sizeof(Four));
     }
+  }
   for (int64_t i = 0; i < a.rows; ++i)
     for (int64_t j = i < rows ? columns : 0; j < a.columns; ++j) out.row(j)[i] = a.row(i)[j * a.across];
 }

@@ -1,11 +1,13 @@
 """The fused forms of packed attention as one operator with a gradient, which torch.compile passes through."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from . import packed_cpp
@@ -41,8 +43,7 @@ def module(kernel: str, like: Tensor) -> Any:
     raise ValueError("transformer.kernel=auto finds neither C++ nor Triton, as torch.compile needs; take kernel=torch")
 
 
-@custom_op("expire_span::attention", mutates_args=())
-def attention(
+def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -64,8 +65,7 @@ def attention(
         return module(kernel, query).forward(*given)
 
 
-@custom_op("expire_span::attention_backward", mutates_args=())
-def attention_backward(
+def backward(
     gradient: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -92,6 +92,10 @@ def attention_backward(
     return [query.new_empty(0) if each is None else each for each in found]
 
 
+attention = custom_op("expire_span::attention", forward, mutates_args=())
+attention_backward = custom_op("expire_span::attention_backward", backward, mutates_args=())
+
+
 @attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, age: Tensor, span: Tensor, *rest: Any):
     samples, heads, block, size = query.shape
@@ -115,7 +119,7 @@ def setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def gradients(ctx: Any, gradient: Tensor | None, of_lse: None) -> tuple:
+def gradients(ctx: Any, gradient: Tensor | None, backward: Callable[..., list[Tensor]]) -> tuple:
     if gradient is None:
         return (None,) * 14
     out, lse, query, key, value, offsets, age, span, position, reach, bias, born = ctx.saved_tensors
@@ -123,9 +127,26 @@ def gradients(ctx: Any, gradient: Tensor | None, of_lse: None) -> tuple:
     by_input = ctx.needs_input_grad
     needs = [by_input[number] for number in (0, 1, 2, 5, 7, 9)]
     given = (query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed, kernel)
-    found = torch.ops.expire_span.attention_backward(gradient, out, lse, *given, needs)
+    found = backward(gradient, out, lse, *given, needs)
     q, k, v, s, p, b = (each if need else None for each, need in zip(found, needs, strict=True))
     return q, k, v, None, None, s, None, p, None, b, None, None, None, None
 
 
-attention.register_autograd(gradients, setup_context=setup)
+attention.register_autograd(
+    lambda ctx, gradient, _: gradients(ctx, gradient, torch.ops.expire_span.attention_backward), setup_context=setup
+)
+
+
+class Eager(torch.autograd.Function):
+    """The same where nothing is compiled: an operator in Python costs more than a small attention."""
+
+    setup_context = staticmethod(setup)
+
+    @staticmethod
+    def forward(*given: Any) -> tuple[Tensor, Tensor]:
+        return forward(*given)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> tuple:
+        return gradients(ctx, gradient, backward)

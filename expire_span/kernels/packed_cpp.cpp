@@ -7,69 +7,15 @@
 // Some keys at a time, so that their scores stay near the processor: forward, what a query has gathered so far shrinks
 // as a higher score appears. m multiplies after the exponential, so nothing is divided by it.
 
-#include "matrix.h"
+#include "packed_call.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/PhiloxRNGEngine.h>
 #include <torch/library.h>
 
 #include <bit>
-#include <cmath>
-#include <limits>
-#include <optional>
 #include <tuple>
-#include <vector>
 
 namespace {
-
-using at::Tensor;
-using Maybe = std::optional<Tensor>;
-
-constexpr int64_t SCORES = 1 << 15, LEAST = 64;  // scores worked on at once, and keys
-
-struct Call {
-  Tensor query;    // (B, H, T, D), divided by sqrt(D)
-  Tensor key;      // (N, H, D)
-  Tensor value;    // (N, H, D)
-  Tensor offsets;  // (B + 1,) int64
-  Tensor age;      // (N,) int64
-  Tensor span;     // (N, H)
-  double ramp;
-  Maybe table;     // (P, D): the position terms, the farthest first
-  Maybe reach;     // (B, T) int64
-  Maybe bias;      // (N, H)
-  Maybe born;      // (N,) int64
-  double dropout;
-  int64_t seed;
-
-  int64_t heads() const { return query.size(1); }
-  int64_t block() const { return query.size(2); }
-  int64_t size() const { return query.size(3); }
-  int64_t tasks() const { return query.size(0) * query.size(1); }
-  int64_t farthest() const { return table ? table->size(0) : 0; }  // P
-  // (D, P + LINE): the table turned, and zeros.
-  Maybe turned_table() const {
-    if (!table) return std::nullopt;
-    return at::cat({table->t(), at::zeros({size(), LINE}, table->options())}, 1);
-  }
-  int64_t keys_at_once() const { return std::max(LEAST, SCORES / block() / LEAST * LEAST); }
-
-  // What would be read beyond its end is refused.
-  void check() const {
-    const int64_t total = key.size(0);
-    const auto ends = offsets.data_ptr<int64_t>();
-    TORCH_CHECK(offsets.size(0) == query.size(0) + 1 && ends[0] == 0 && ends[query.size(0)] == total,
-                "offsets must lead from 0 to the ", total, " keys, in one number more than the samples");
-    for (int64_t b = 0; b < query.size(0); ++b) TORCH_CHECK(ends[b] <= ends[b + 1], "offsets must not fall: ", offsets);
-    TORCH_CHECK(key.sizes() == value.sizes() && key.size(1) == heads() && key.size(2) == size(),
-                "key and value must be (N, ", heads(), ", ", size(), "), got ", key.sizes(), " and ", value.sizes());
-    TORCH_CHECK(age.numel() == total && (!born || born->numel() == total), "age and born must be (", total, ",)");
-    TORCH_CHECK(!table || table->size(1) == size(), "position must be (n, ", size(), ")");
-    TORCH_CHECK(!reach || (reach->size(0) == query.size(0) && reach->size(1) == block()), "reach must be (",
-                query.size(0), ", ", block(), "), got ", reach->sizes());
-  }
-};
 
 // exp to 2e-7 of its value, in a form that compilers make vectors of; 0 below e^-87.
 inline float exponential(float x) {
@@ -82,46 +28,6 @@ inline float exponential(float x) {
   return x < -87.0f ? 0.0f : (y * r * r + r + 1.0f) * scale;
 }
 inline double exponential(double x) { return std::exp(x); }
-
-// One head of one sample.
-template <typename real>
-struct Head {
-  const Call& call;
-  const int64_t sample, head, first, n;
-  at::Philox4_32 chance;
-
-  Head(const Call& call, int64_t number)
-      : call(call), sample(number / call.heads()), head(number % call.heads()),
-        first(call.offsets.data_ptr<int64_t>()[sample]), n(call.offsets.data_ptr<int64_t>()[sample + 1] - first),
-        chance(call.seed, number) {}
-
-  // Its part of what has the shape (B, H, T, D), (N, H, D), (B, H, T) or (H, N).
-  Matrix<real> of_queries(const Tensor& all) const {
-    real* data = all.data_ptr<real>() + sample * all.stride(0) + head * all.stride(1);
-    return {data, call.block(), call.size(), all.stride(2), all.stride(3)};
-  }
-  Matrix<real> of_keys(const Tensor& all) const {
-    real* data = all.data_ptr<real>() + first * all.stride(0) + head * all.stride(1);
-    return {data, n, call.size(), all.stride(0), all.stride(2)};
-  }
-  real* by_query(const Tensor& all) const {
-    return all.data_ptr<real>() + (sample * call.heads() + head) * call.block();
-  }
-  real* by_key(const Tensor& all) const { return all.data_ptr<real>() + head * all.size(1) + first; }
-
-  // The farthest age at which query t sees a key.
-  real limit(int64_t t) const {
-    if (!call.reach) return std::numeric_limits<real>::infinity();
-    return static_cast<real>(call.reach->accessor<int64_t, 2>()[sample][t] - t);
-  }
-
-  // Draws the factors of dropout for the next weights, 0 or 1 / (1 - p): the same forward and backward.
-  void drop(std::vector<real>& kept) {
-    const auto bar = static_cast<uint32_t>(call.dropout * 4294967295.0);
-    const real scale = static_cast<real>(1 / (1 - call.dropout));
-    for (auto& each : kept) each = chance() >= bar ? scale : real(0);
-  }
-};
 
 // Some of a head's keys: what they have, their scores with all queries, and what is made of these.
 template <typename real>
@@ -138,10 +44,10 @@ struct Keys {
   Matrix<real> terms;                            // (T, columns): q . p by distance, the farthest first, between zeros
   Scratch<real> scores, dscores, all_terms, turned;
 
-  // Takes up the `many` keys from `start` on.
-  void take(const Head<real>& head, int64_t start, int64_t many) {
+  // Takes up the `many` keys from row `first` on.
+  void take(const Head<real>& head, int64_t first, int64_t many) {
     const Call& call = head.call;
-    const int64_t block = call.block(), reached = call.farthest(), first = head.first + start;
+    const int64_t block = call.block(), reached = call.farthest();
     const auto ages = call.age.data_ptr<int64_t>() + first;
     const auto born = call.born ? call.born->data_ptr<int64_t>() + first : nullptr;
     const auto span = call.span.accessor<real, 2>();
@@ -188,14 +94,13 @@ struct Keys {
 
   void add_terms(real* __restrict x, const real* from) const {
     const auto columns = column.data();
-    if (neighbours) {
-      from += columns[near] - near;
+    const int64_t shift = columns[near] - near;
+    if (neighbours)
 #pragma omp simd
-      for (int64_t s = near; s < far; ++s) x[s] += from[s];
-    } else {
+      for (int64_t s = near; s < far; ++s) x[s] += from[s + shift];
+    else
 #pragma omp simd
       for (int64_t s = near; s < far; ++s) x[s] += from[columns[s]];
-    }
   }
 
   // The reverse of `products`: adds to the gradients of query and table, given that of the scores.
@@ -216,13 +121,12 @@ struct Keys {
 
   void gather_terms(const real* __restrict ds, real* __restrict to) const {
     const auto columns = column.data();
-    if (neighbours) {
-      to += columns[near] - near;
+    const int64_t shift = columns[near] - near;
+    if (neighbours)
 #pragma omp simd
-      for (int64_t s = near; s < far; ++s) to[s] += ds[s];
-    } else {
+      for (int64_t s = near; s < far; ++s) to[s + shift] += ds[s];
+    else
       for (int64_t s = near; s < far; ++s) to[columns[s]] += ds[s];
-    }
   }
 
   // Adds the bias to query t's scores x, takes `less` off, and makes -inf of what it does not see. Returns the highest.
@@ -278,24 +182,23 @@ void forward_of(const Call& call, const Tensor& out, const Tensor& lse) {
       const auto query = head.of_queries(call.query), mixed = head.of_queries(out);  // (T, D)
       real* logs = head.by_query(lse);
       high.assign(call.block(), never), total.assign(call.block(), 0);
-      for (int64_t start = 0; start < head.n; start += keys.n) {
-        keys.take(head, start, std::min(head.n - start, call.keys_at_once()));
-        keys.products(query, head.of_keys(call.key).some_rows(start, keys.n), turned_table);
+      head.for_keys([&](int64_t first, int64_t n) {
+        keys.take(head, first, n);
+        keys.products(query, head.of_keys(call.key, first, n), turned_table);
         for (int64_t t = 0; t < call.block(); ++t) {
           real* x = keys.score.row(t);
           const real now = std::max(high[t], keys.mask(t, head.limit(t), 0, x));
           const real from = now == never ? 0 : now, shrunk = exponential(high[t] - from);
           high[t] = now;
           total[t] = total[t] * shrunk + keys.weigh(t, from, x);
-          if (shrunk < 1 && start > 0)
-            for (int64_t d = 0; d < mixed.columns; ++d) mixed.row(t)[d] *= shrunk;
+          for (int64_t d = 0; shrunk < 1 && d < mixed.columns; ++d) mixed.row(t)[d] *= shrunk;
           if (call.dropout > 0) {
             head.drop(keys.kept);
-            for (int64_t s = 0; s < keys.n; ++s) x[s] *= keys.kept[s];
+            for (int64_t s = 0; s < n; ++s) x[s] *= keys.kept[s];
           }
         }
-        multiply(keys.score, head.of_keys(call.value).some_rows(start, keys.n), mixed, true);
-      }
+        multiply(keys.score, head.of_keys(call.value, first, n), mixed, true);
+      });
       for (int64_t t = 0; t < call.block(); ++t) {
         if (total[t] == 0) continue;  // sees nothing: 0
         logs[t] = high[t] + std::log(total[t]);
@@ -321,53 +224,68 @@ void backward_of(const Call& call, const Tensor& dout, const Tensor& delta, cons
       Head<real> head(call, number);
       const auto query = head.of_queries(call.query), above = head.of_queries(dout);  // (T, D)
       const real *logs = head.by_query(lse), *means = head.by_query(delta);
-      real *dspan = head.by_key(grad.span), *dbias = call.bias ? head.by_key(grad.bias) : nullptr;
-      for (int64_t start = 0; start < head.n; start += keys.n) {
-        keys.take(head, start, std::min(head.n - start, call.keys_at_once()));
-        const auto some = [&](const Tensor& all) { return head.of_keys(all).some_rows(start, keys.n); };  // (n, D)
-        keys.products(query, some(call.key), turned_table);
-        keys.multiply_turned(above, some(call.value), keys.dscore);  // dP
+      head.for_keys([&](int64_t first, int64_t n) {
+        const auto key = head.of_keys(call.key, first, n), value = head.of_keys(call.value, first, n);  // (n, D)
+        real* dspan = head.by_key(grad.span, first);
+        keys.take(head, first, n);
+        keys.products(query, key, turned_table);
+        keys.multiply_turned(above, value, keys.dscore);  // dP
         for (int64_t t = 0; t < call.block(); ++t) {
           real *x = keys.score.row(t), *dx = keys.dscore.row(t);
           if (call.dropout > 0) head.drop(keys.kept);
           keys.mask(t, head.limit(t), logs[t], x);
-          keys.differentiate(t, means[t], x, dx, dspan + start);
-          for (int64_t s = 0; dbias && s < keys.n; ++s) dbias[start + s] += dx[s];
+          keys.differentiate(t, means[t], x, dx, dspan);
+          for (int64_t s = 0; call.bias && s < n; ++s) head.by_key(grad.bias, first)[s] += dx[s];
         }
-        multiply(keys.score.t(), above, some(grad.value));
-        keys.products_gradient(query, some(call.key), call.table, head.of_queries(grad.query), some(grad.key), dtable);
-      }
+        multiply(keys.score.t(), above, head.of_keys(grad.value, first, n));
+        keys.products_gradient(
+            query, key, call.table, head.of_queries(grad.query), head.of_keys(grad.key, first, n), dtable);
+      });
     }
   });
 }
 
+// out (B, H, T, D), as query is, and the log-sum-exp of each query's scores (B, H, T).
 std::tuple<Tensor, Tensor> forward(
-    Tensor query, Tensor key, Tensor value, Tensor offsets, Tensor age, Tensor span, double ramp, Maybe table,
-    Maybe reach, Maybe bias, Maybe born, double dropout, int64_t seed) {
-  const Call call{query, key, value, offsets, age, span, ramp, table, reach, bias, born, dropout, seed};
-  call.check();
-  Tensor out = at::zeros({query.size(0), query.size(2), query.size(1), query.size(3)}, query.options()).transpose(1, 2);
-  Tensor lse = at::full({query.size(0), query.size(1), query.size(2)}, INFINITY, query.options());
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& offsets, const Tensor& age,
+    const Tensor& span, double ramp, const Maybe& position, const Maybe& reach, const Maybe& bias, const Maybe& born,
+    double dropout, int64_t seed) {
+  const Call call(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed);
+  const auto like = call.query.options();
+  Tensor out = at::zeros({query.size(0), query.size(2), query.size(1), query.size(3)}, like).transpose(1, 2);
+  Tensor lse = at::full({query.size(0), query.size(1), query.size(2)}, INFINITY, like);
   if (key.size(0) > 0)
-    AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "expire_span", [&] { forward_of<scalar_t>(call, out, lse); });
-  return {out, lse};
+    AT_DISPATCH_FLOATING_TYPES(
+        lse.scalar_type(), "expire_span", [&] { forward_of<scalar_t>(call, out, lse); });
+  return {out.to(query.scalar_type()), lse};
 }
 
+// The gradients of query, key, value, span, position and bias.
 std::vector<Tensor> backward(
-    Tensor dout, Tensor delta, Tensor lse, Tensor query, Tensor key, Tensor value, Tensor offsets, Tensor age,
-    Tensor span, double ramp, Maybe table, Maybe reach, Maybe bias, Maybe born, double dropout, int64_t seed) {
-  const Call call{query, key, value, offsets, age, span, ramp, table, reach, bias, born, dropout, seed};
-  const auto like = query.options();
+    const Tensor& gradient, const Tensor& out, const Tensor& lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& offsets, const Tensor& age, const Tensor& span, double ramp,
+    const Maybe& position, const Maybe& reach, const Maybe& bias, const Maybe& born, double dropout, int64_t seed) {
+  const Call call(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed);
+  const auto like = call.query.options();
+  const Tensor dout = gradient.to(lse.scalar_type()), delta = (dout * out).sum(-1).contiguous();  // (B, H, T)
   Gradients grad{at::zeros({query.size(0), query.size(2), query.size(1), query.size(3)}, like).transpose(1, 2),
                  at::empty(key.sizes(), like), at::empty(value.sizes(), like),
                  at::zeros({query.size(1), key.size(0)}, like)};
   if (bias) grad.bias = at::zeros_like(grad.span);
-  if (table) grad.table = at::zeros({at::get_num_threads(), table->size(0), table->size(1)}, like);
+  if (call.table) grad.table = at::zeros({at::get_num_threads(), call.farthest(), call.size()}, like);
   if (key.size(0) > 0)
     AT_DISPATCH_FLOATING_TYPES(
-        query.scalar_type(), "expire_span", [&] { backward_of<scalar_t>(call, dout, delta, lse, grad); });
-  return {grad.query, grad.key, grad.value, grad.span.t(), table ? grad.table.sum(0) : at::empty({0}, like),
-          bias ? grad.bias.t() : at::empty({0}, like)};
+        lse.scalar_type(), "expire_span", [&] { backward_of<scalar_t>(call, dout, delta, lse, grad); });
+
+  Tensor of_position, of_bias;
+  if (position) {
+    of_position = at::zeros_like(*position);
+    if (call.table) of_position.narrow(0, 0, call.farthest()).copy_(grad.table.sum(0).flip(0));
+  }
+  if (bias) of_bias = grad.bias.t().sum_to_size(bias->sizes()).to(bias->scalar_type());
+  return {(grad.query / std::sqrt(query.size(3))).to(query.scalar_type()), grad.key.to(key.scalar_type()),
+          grad.value.to(value.scalar_type()), grad.span.t().sum_to_size(span.sizes()).to(span.scalar_type()),
+          of_position, of_bias};
 }
 
 }  // namespace

@@ -169,7 +169,7 @@ def _own(part: slice, query: Tensor, offsets: Tensor, fading: Fading, table: Ten
     """What the kernels get of these samples. Keys are not cut: the offsets say which rows are theirs."""
     return {
         "query": query[part],
-        "offsets": offsets[part.start : part.stop + 1],
+        "offsets": torch.atleast_2d(offsets)[:, part.start : part.stop + 1].contiguous(),
         "fading": fading._replace(limit=None if fading.limit is None else fading.limit[part]),
         "rel": None if table is None else _product(query[part], table.T),  # (B', T, H, P)
     }
@@ -210,8 +210,10 @@ def _launch(kernel: Any, tiles: dict[tuple[int, int], Tile], query: Tensor, **ar
     tile = tiles[min(kind for kind in tiles if kind[0] == query.element_size() and width <= kind[1])]
     grid = (-(-steps // tile.queries), heads, samples)
     if kernel is kernels.backward_keys:
-        arguments["sample_of"], arguments["row_of"] = _key_tiles(arguments["offsets"], len(key), tile.keys)
+        arguments |= _key_tiles(arguments.pop("offsets"), len(key), tile.keys)
         grid = (len(arguments["row_of"]), heads, 1)
+    else:
+        arguments["PARTS"] = len(arguments["offsets"])
     if 0 in grid:
         return
     sizes = {"N": len(key), "T": steps, "P": 0 if rel is None else rel.shape[3], "scale": size**-0.5}
@@ -221,14 +223,15 @@ def _launch(kernel: Any, tiles: dict[tuple[int, int], Tile], query: Tensor, **ar
         kernel[grid](query=query, **arguments, **sizes)
 
 
-def _key_tiles(offsets: Tensor, total: int, size: int) -> tuple[Tensor, Tensor]:
-    """The sample and the first row of each tile of keys, (tiles,) both, found on the device.
+def _key_tiles(offsets: Tensor, total: int, size: int) -> dict[str, Tensor]:
+    """The sample of each tile of keys, its first row and the row where its part ends, (tiles,) each.
 
-    A sample's last tile may be part full. The host knows no more than the most tiles that there can be, so the last few
-    may begin beyond the last sample's end, where they are empty.
+    They are found on the device. A part's last tile may be part full. The host knows no more than the most tiles that
+    there can be, so the last few may begin beyond the last part's end, where they are empty.
     """
-    tiles = (offsets.diff() + size - 1) // size  # (B,)
+    tiles = ((offsets.diff() + size - 1) // size).flatten()  # (parts B,)
     ends = tiles.cumsum(0)
     number = torch.arange(-(-total // size) + len(tiles), device=offsets.device)
-    sample = torch.searchsorted(ends, number, right=True).clamp(max=len(tiles) - 1)
-    return sample, offsets[sample] + (number - ends[sample] + tiles[sample]) * size
+    part = torch.searchsorted(ends, number, right=True).clamp(max=len(tiles) - 1)  # which part of which sample
+    row = offsets[:, :-1].flatten()[part] + (number - ends[part] + tiles[part]) * size
+    return {"sample_of": part % (offsets.shape[1] - 1), "row_of": row, "end_of": offsets[:, 1:].flatten()[part]}

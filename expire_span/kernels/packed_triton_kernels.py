@@ -61,7 +61,7 @@ def keys_of(fading, start, rows, inside, head, N):
 
 @jit
 def rows_seen(fading, start, count, t, limits, head, N, T, SCAN: tl.constexpr = 512):
-    """From which of a sample's rows on, and up to which, a tile of queries sees any key."""
+    """From which of some rows on, and up to which, a tile of queries sees any key."""
     earliest, latest, oldest = tl.min(t), tl.max(tl.where(t < T, t, 0)), tl.max(limits)
     low, high = tl.full((SCAN,), 2**30, tl.int32), tl.zeros((SCAN,), tl.int32)
     for row in range(0, count, SCAN):
@@ -109,14 +109,21 @@ def is_kept(t, rows, head, seed, dropout, T, HEADS: tl.constexpr):
 
 
 @jit
-def tile_of_queries(fading, offsets, N, T, QUERIES: tl.constexpr):
-    """Of a program that walks keys: its queries, its sample's first key and their number, and the range it walks."""
+def tile_of_queries(fading, T, QUERIES: tl.constexpr):
+    """Of a program that walks keys: its head, its sample and its queries."""
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, limits = queries_of(fading, tl.program_id(0) * QUERIES + tl.arange(0, QUERIES), sample, T)
-    start = tl.load(offsets + sample)
-    count = (tl.load(offsets + sample + 1) - start).to(tl.int32)
+    return head, sample, t, limits
+
+
+@jit
+def keys_to_walk(fading, offsets, part, sample, t, limits, head, N, T):
+    """Of one part of a sample's keys: the first, their number, and the range in which any is seen."""
+    own = offsets + part * (tl.num_programs(2) + 1) + sample
+    start = tl.load(own)
+    count = (tl.load(own + 1) - start).to(tl.int32)
     low, high = rows_seen(fading, start, count, t, limits, head, N, T)
-    return head, sample, start, count, t, limits, low, high
+    return start, count, low, high
 
 
 @jit
@@ -144,10 +151,9 @@ def forward(
     query, key, value, out, lse,
     fading, offsets, rel, scale, dropout, seed, N, T, P,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr, PARTS: tl.constexpr,
 ):
-    head, sample, start, count, t, limits, low, high = tile_of_queries(fading, offsets, N, T, QUERIES)
-    key, value = key + (start * HEADS + head) * SIZE, value + (start * HEADS + head) * SIZE
+    head, sample, t, limits = tile_of_queries(fading, T, QUERIES)
     lines = (sample * T + t) * HEADS + head  # rows of query and out
     queries = load(query, lines, t < T, SIZE, SIZE, WIDTH)
     if rel is not None:
@@ -156,20 +162,24 @@ def forward(
     highest = tl.full((QUERIES,), -float("inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     summed = tl.zeros((QUERIES, WIDTH), tl.float32)
-    for row in range(low, high, KEYS):
-        rows = row + tl.arange(0, KEYS)
-        _, _, _, _, score, m = meet(
-            fading, queries, t, limits, key, start, rows, count, rel, head, scale, N, T, P, HEADS, SIZE, WIDTH
-        )
-        higher = tl.maximum(highest, tl.max(score, 1))
-        finite = tl.where(higher == -float("inf"), 0.0, higher)
-        weight, shrunk = m * tl.exp2(score - finite[:, None]), tl.exp2(highest - finite)
-        total = total * shrunk + tl.sum(weight, 1)
-        if DROPS:
-            weight = tl.where(is_kept(t[:, None], (start + rows)[None, :], head, seed, dropout, T, HEADS), weight, 0.0)
-        values = load(value, rows, rows < count, HEADS * SIZE, SIZE, WIDTH)
-        summed = tl.dot(weight.to(values.dtype), values, summed * shrunk[:, None], input_precision="ieee")
-        highest = higher
+    for part in range(PARTS):
+        start, count, low, high = keys_to_walk(fading, offsets, part, sample, t, limits, head, N, T)
+        own = (start * HEADS + head) * SIZE  # the part's first key
+        for row in range(low, high, KEYS):
+            rows = row + tl.arange(0, KEYS)
+            _, _, _, _, score, m = meet(
+                fading, queries, t, limits, key + own, start, rows, count, rel, head, scale, N, T, P, HEADS, SIZE, WIDTH
+            )
+            higher = tl.maximum(highest, tl.max(score, 1))
+            finite = tl.where(higher == -float("inf"), 0.0, higher)
+            weight, shrunk = m * tl.exp2(score - finite[:, None]), tl.exp2(highest - finite)
+            total = total * shrunk + tl.sum(weight, 1)
+            if DROPS:
+                kept = is_kept(t[:, None], (start + rows)[None, :], head, seed, dropout, T, HEADS)
+                weight = tl.where(kept, weight, 0.0)
+            values = load(value + own, rows, rows < count, HEADS * SIZE, SIZE, WIDTH)
+            summed = tl.dot(weight.to(values.dtype), values, summed * shrunk[:, None], input_precision="ieee")
+            highest = higher
 
     some = tl.where(total == 0, 1.0, total)
     store(out, lines, t < T, SIZE, summed / (some * (1 - dropout))[:, None], SIZE, WIDTH)
@@ -181,10 +191,9 @@ def backward_queries(
     query, key, value, out, gradient, lse, delta, d_query, d_rel,
     fading, offsets, rel, scale, dropout, seed, N, T, P,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr, PARTS: tl.constexpr,
 ):
-    head, sample, start, count, t, limits, low, high = tile_of_queries(fading, offsets, N, T, QUERIES)
-    key, value = key + (start * HEADS + head) * SIZE, value + (start * HEADS + head) * SIZE
+    head, sample, t, limits = tile_of_queries(fading, T, QUERIES)
     lines, line = (sample * T + t) * HEADS + head, (sample * HEADS + head) * T + t  # rows of query, and of lse
     queries = load(query, lines, t < T, SIZE, SIZE, WIDTH)
     gradients = load(gradient, lines, t < T, SIZE, SIZE, WIDTH)
@@ -197,36 +206,39 @@ def backward_queries(
         rel, d_rel = rel + sample * T * HEADS * P, d_rel + sample * T * HEADS * P
 
     summed = tl.zeros((QUERIES, WIDTH), tl.float32)
-    for row in range(low, high, KEYS):
-        rows = row + tl.arange(0, KEYS)
-        keys, ages, firsts, ends, score, m = meet(
-            fading, queries, t, limits, key, start, rows, count, rel, head, scale, N, T, P, HEADS, SIZE, WIDTH
-        )
-        values = load(value, rows, rows < count, HEADS * SIZE, SIZE, WIDTH)
-        d_weight = tl.dot(gradients, tl.trans(values), input_precision="ieee")
-        if DROPS:
-            kept = is_kept(t[:, None], (start + rows)[None, :], head, seed, dropout, T, HEADS)
-            d_weight = tl.where(kept, d_weight / (1 - dropout), 0.0)
-        d_score = m * tl.exp2(score - norm[:, None]) * (d_weight - deltas[:, None]) * scale
-        d_score = d_score.to(keys.dtype)
-        if rel is not None and tl.min(ages) + tl.min(t) <= P:
-            place, told = in_table(head, t, ages, P, T, HEADS)
-            told &= is_seen(fading, t[None, :], limits[None, :], ages[:, None], firsts[:, None], ends[:, None])
-            tl.store(d_rel + place, tl.trans(d_score), mask=told)
-        summed = tl.dot(d_score, keys, summed, input_precision="ieee")
+    for part in range(PARTS):
+        start, count, low, high = keys_to_walk(fading, offsets, part, sample, t, limits, head, N, T)
+        own = (start * HEADS + head) * SIZE  # the part's first key
+        for row in range(low, high, KEYS):
+            rows = row + tl.arange(0, KEYS)
+            keys, ages, firsts, ends, score, m = meet(
+                fading, queries, t, limits, key + own, start, rows, count, rel, head, scale, N, T, P, HEADS, SIZE, WIDTH
+            )
+            values = load(value + own, rows, rows < count, HEADS * SIZE, SIZE, WIDTH)
+            d_weight = tl.dot(gradients, tl.trans(values), input_precision="ieee")
+            if DROPS:
+                kept = is_kept(t[:, None], (start + rows)[None, :], head, seed, dropout, T, HEADS)
+                d_weight = tl.where(kept, d_weight / (1 - dropout), 0.0)
+            d_score = m * tl.exp2(score - norm[:, None]) * (d_weight - deltas[:, None]) * scale
+            d_score = d_score.to(keys.dtype)
+            if rel is not None and tl.min(ages) + tl.min(t) <= P:
+                place, told = in_table(head, t, ages, P, T, HEADS)
+                told &= is_seen(fading, t[None, :], limits[None, :], ages[:, None], firsts[:, None], ends[:, None])
+                tl.store(d_rel + place, tl.trans(d_score), mask=told)
+            summed = tl.dot(d_score, keys, summed, input_precision="ieee")
     store(d_query, lines, t < T, SIZE, summed, SIZE, WIDTH)
 
 
 @jit
 def backward_keys(
-    sample_of, row_of, query, key, value, gradient, lse, delta, d_key, d_value, d_span, d_bias,
-    fading, offsets, rel, scale, dropout, seed, N, T, P,
+    sample_of, row_of, end_of, query, key, value, gradient, lse, delta, d_key, d_value, d_span, d_bias,
+    fading, rel, scale, dropout, seed, N, T, P,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
 ):
     head, sample = tl.program_id(1), tl.load(sample_of + tl.program_id(0))
     start, rows = tl.load(row_of + tl.program_id(0)), tl.arange(0, KEYS)
-    inside = start + rows < tl.load(offsets + sample + 1)
+    inside = start + rows < tl.load(end_of + tl.program_id(0))
     ages, firsts, ends, biases = keys_of(fading, start, rows, inside, head, N)
     own = (start * HEADS + head) * SIZE  # the tile's first key
     keys = load(key + own, rows, inside, HEADS * SIZE, SIZE, WIDTH)

@@ -27,7 +27,7 @@ class Compressive(Mechanism):
 
     def pool(self, memory: Memory, time: Tensor) -> Memory:
         """Of what is about to leave: the groups of c whose oldest state leaves the last L during this block."""
-        samples, block, size = len(memory.offsets) - 1, len(time), memory.hidden.shape[1]
+        samples, block, size = memory.offsets.shape[-1] - 1, len(time), memory.hidden.shape[1]
         if block > self.max_span or (block % self.rate and block + self.rate - 1 > self.max_span):
             raise ValueError(
                 f"model.max_span={self.max_span} is too short for blocks of {block} timesteps, since what is pooled "

@@ -3,23 +3,27 @@
     sample 0        sample 1   sample 2
     h h h h h h h   h h        h h h h        hidden (N, d)
     0               7          9       13     offsets (B + 1,)
+
+A layer looks at several, its memory and its block say, as parts of one: each as it is, one after another, so that a
+sample has rows in every part. Offsets are (parts, B + 1) then. What survives of them becomes one memory again.
 """
 
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..attention import samples_of
+from ..attention import together
 
 
 class Memory(NamedTuple):
-    """What a layer remembers: rows grouped by sample, the oldest first."""
+    """What a layer remembers: rows grouped by sample, the oldest first; or several of them, see `beside`."""
 
     hidden: Tensor  # (N, d)
     time: Tensor  # (N,) int64: the timestep at which each was made
     born: Tensor  # (N,) int64: the least distance at which it is seen: 1, or more for one pooled out of others
-    offsets: Tensor  # (B + 1,) int64: sample b owns rows offsets[b] to offsets[b + 1]
+    offsets: Tensor  # (B + 1,) int64: sample b owns rows offsets[b] to offsets[b + 1]; or (parts, B + 1)
     projected: tuple[Tensor, ...] | None = None  # keys and values (N, H, D), and spans (N, H or 1), if already known
 
 
@@ -36,67 +40,39 @@ def dense(hidden: Tensor, time: Tensor, born: int = 1) -> Memory:
     return Memory(hidden.flatten(0, 1), time.repeat(samples), time.new_full((samples * each,), born), offsets)
 
 
-class Order(NamedTuple):
-    """How the rows of some memories, one memory after another, come to stand with each sample's together."""
-
-    order: Tensor  # (N,): the row that stands here
-    places: tuple[Tensor, ...]  # (n,) each: where the rows of each memory stand
-
-
-def order_of(*memories: Memory) -> Order:
-    """Each sample's rows of the first memory, then its rows of the second, and so on."""
-    ends = torch.stack([memory.offsets for memory in memories])  # (memories, B + 1)
-    steps = torch.arange(sum(len(memory.time) for memory in memories), device=ends.device)
-    places = []
-    for number, memory in enumerate(memories):
-        others = ends[:number, 1:].sum(0) + ends[number + 1 :, :-1].sum(0)  # (B,): of their rows, those before b's here
-        rows = len(memory.time)
-        places.append(steps[:rows] + others.index_select(0, samples_of(memory.offsets, rows)))
-    return Order(torch.empty_like(steps).index_copy_(0, torch.cat(places), steps), tuple(places))
-
-
-class Interleave(torch.autograd.Function):
-    """Parts (n, ...), as many as places, as one (N, ...) in an order; a gradient is only looked up."""
-
-    @staticmethod
-    def forward(ctx: Any, order: Tensor, *places_and_parts: Tensor) -> Tensor:
-        half = len(places_and_parts) // 2
-        ctx.save_for_backward(*places_and_parts[:half])
-        return torch.cat(places_and_parts[half:]).index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        places = ctx.saved_tensors
-        wanted = zip(places, ctx.needs_input_grad[1 + len(places) :], strict=True)
-        found = [gradients[0].index_select(0, rows) if needed else None for rows, needed in wanted]
-        return None, *[None] * len(places), *found
-
-
-def interleaved(order: Order | None, *parts: Tensor) -> Tensor:
-    """(n, ...) each, as one (N, ...); None: one after another."""
-    return torch.cat(parts) if order is None else Interleave.apply(order.order, *order.places, *parts)
-
-
-def join(*memories: Memory, order: Order | None = None) -> Memory:
-    """All in one, in the `order_of` them, which need not be given."""
-    if order is None and len(memories[0].offsets) > 2:  # one sample is in order as it is
-        order = order_of(*memories)
-    hidden, time, born = (
-        interleaved(order, *parts) for parts in zip(*(memory[:3] for memory in memories), strict=True)
-    )
+def beside(*memories: Memory) -> Memory:
+    """All of them, one memory after another, each a part (or as many as it has): offsets (parts, B + 1)."""
+    hidden, time, born = (torch.cat(parts) for parts in zip(*(memory[:3] for memory in memories), strict=True))
     known = [memory.projected for memory in memories if memory.projected is not None]
     projected = None
     if len(known) == len(memories):
-        projected = tuple(interleaved(order, *parts) for parts in zip(*known, strict=True))
-    return Memory(hidden, time, born, torch.stack([memory.offsets for memory in memories]).sum(0), projected)
+        projected = tuple(torch.cat(parts) for parts in zip(*known, strict=True))
+    firsts = accumulate((len(memory.time) for memory in memories[:-1]), initial=0)
+    offsets = [torch.atleast_2d(memory.offsets) + first for memory, first in zip(memories, firsts, strict=True)]
+    return Memory(hidden, time, born, torch.cat(offsets), projected)
 
 
 def select(memory: Memory, kept: Tensor, total: int | None = None) -> Memory:
-    """Only the rows where kept (N,) is true; the others are gone for good. total: how many, where that is known."""
-    if total == len(kept):
-        return memory
+    """Only the rows where kept (N,) is true, each sample's together; the others are gone for good.
+
+    total: how many, where that is known.
+    """
+    ends, order = memory.offsets, None
+    if ends.dim() > 1:
+        order, ends = together(ends, len(kept))
+        kept = kept.index_select(0, order)
+        order = order if len(ends) > 2 else None  # one sample's are together as they are
+    if order is None and total == len(kept):
+        return memory._replace(offsets=ends)
     rows = (kept.nonzero() if total is None else kept.nonzero_static(size=total)).squeeze(-1)
-    offsets = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])[memory.offsets]
+    offsets = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])[ends]
+    rows = rows if order is None else order.index_select(0, rows)
     hidden, time, born = (part.index_select(0, rows) for part in memory[:3])
     projected = None if memory.projected is None else tuple(part.index_select(0, rows) for part in memory.projected)
     return Memory(hidden, time, born, offsets, projected)
+
+
+def join(*memories: Memory) -> Memory:
+    """All in one: each sample's rows of the first memory, then its rows of the second, and so on."""
+    entries = beside(*memories)
+    return select(entries, torch.ones_like(entries.time, dtype=torch.bool))

@@ -89,9 +89,41 @@ def test_many_memories_are_worked_on_in_tiles_and_give_the_same(order, kernel):
     assert_same(inputs, fixed, kernel)
 
 
-def test_large_products_are_the_same_as_small_ones(kernel):
-    inputs, fixed = drawn((0, 38), heads=2, queries=40, size=32, positions=70, reach=True)
+@pytest.mark.parametrize("size", [1, 5, 16, 20, 32, 72])
+def test_heads_of_any_size_are_multiplied_right(size, kernel):
+    inputs, fixed = drawn((0, 38), heads=2, queries=41, size=size, positions=70, reach=True)
     assert_same(inputs, fixed, kernel)
+
+
+@pytest.mark.parametrize("ages", ["dense", "dense, then scattered", "scattered, then dense"])
+def test_dense_and_scattered_memories_have_the_same_positions(ages, kernel):
+    inputs, fixed = drawn((0,), queries=300, positions=200)  # dense; a run of 64 or more is taken apart
+    scattered = -torch.arange(150).flip(0) * 2 + 3 * 150
+    if ages == "dense, then scattered":
+        fixed["age"][150:] = scattered
+    elif ages == "scattered, then dense":
+        fixed["age"][:150] = scattered
+    assert_same(inputs, fixed, kernel)
+
+
+@pytest.mark.parametrize("form", ["cpp", "torch", "definition"])
+def test_a_sample_may_have_its_rows_in_several_places(form):
+    """Memories first, then blocks, as a layer has them; or sample by sample: the same, with all gradients."""
+    if form == "cpp" and not packed_cpp.available():
+        pytest.skip("no C++ compiler")
+    kept, queries = (4, 9, 0), 6
+    inputs, fixed = drawn(kept, reach=True, queries=queries)
+    in_memory = torch.cat([torch.arange(n + queries) < n for n in kept])
+    order = torch.cat([in_memory.nonzero(), (~in_memory).nonzero()]).squeeze(1)
+    by_row = {name: inputs[name].detach()[order].requires_grad_() for name in ("key", "value", "span", "bias")}
+    parts = torch.stack([torch.tensor([0, 4, 13, 13]), 13 + queries * torch.arange(4)])
+    moved = fixed | {"offsets": parts, "age": fixed["age"][order], "born": fixed["born"][order]}
+
+    out, ours = with_gradients(inputs | by_row, moved, kernel=form)
+    reference, theirs = with_gradients(inputs, fixed, kernel="definition")
+    assert_equal("out", out, reference)
+    for name, one, other in zip(inputs, ours, theirs, strict=True):
+        assert_equal(f"gradient of {name}", one, other[order] if name in by_row else other)
 
 
 def test_two_threads_give_what_one_gives(kernel):
@@ -207,6 +239,8 @@ def test_without_a_working_compiler_another_form_is_taken_and_that_is_said(compi
     [
         ({"offsets": torch.tensor([0, 10, 99])}, "offsets must lead from 0 to the 25 keys"),
         ({"offsets": torch.tensor([0, 30, 25])}, "offsets must not fall"),
+        ({"offsets": torch.tensor([[0, 5, 9], [10, 12, 25]])}, "offsets must lead from 0 to the 25 keys, part by part"),
+        ({"offsets": torch.tensor([0, 25])}, r"offsets must be \(parts, 3\)"),
         ({"age": torch.zeros(7, dtype=torch.long)}, "age and born must be"),
         ({"reach": torch.zeros(1, 6, dtype=torch.long)}, "reach must be"),
     ],

@@ -183,6 +183,26 @@ def test_values_and_all_gradients_are_those_of_the_definition(case):
     assert_as_defined(drawn(**case))
 
 
+def test_a_sample_may_have_its_rows_in_several_places():
+    inputs = drawn(lengths=(17, 40, 3), heads=2, positions=30, spans="N", biases="N")
+    first, total = torch.tensor([9, 25, 0]), 60  # how many of each sample's rows stand in the first of two parts
+    lengths = inputs["offsets"].diff().cpu()
+    leads = torch.cat([torch.arange(length) < n for length, n in zip(lengths, first, strict=True)])
+    order = torch.cat([leads.nonzero(), (~leads).nonzero()]).squeeze(1).to(DEVICE)
+    ends = [torch.cat([each.new_zeros(1), each.cumsum(0)]) for each in (first, lengths - first)]
+    moved = {
+        name: given[order] if name not in ("query", "offsets") and len(given) == total else given
+        for name, given in inputs.items()
+        if isinstance(given, torch.Tensor)
+    }
+    moved["offsets"] = torch.stack([ends[0], ends[1] + first.sum()]).to(DEVICE)
+    (out, ours), (reference, theirs) = computed(inputs | moved), defined(inputs)
+    assert_equal("out", out, reference, 1e-5)
+    for name, gradient in ours.items():
+        expected = theirs[name][order] if len(theirs[name]) == total else theirs[name]
+        assert_equal(f"gradient: {name}", gradient, expected, 1e-5 * max(1.0, float(expected.abs().max())))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_close(dtype):
     assert_as_defined(drawn(heads=1, dtype=dtype), tolerance=2e-2)

@@ -46,8 +46,8 @@ def packed_by_loops(epsilon: float = 0.0):
         assert reach is None
         assert dropout == 0
         heads, out = key.shape[1], []
-        for b, (start, end) in enumerate(offsets.unfold(0, 2, 1).tolist()):
-            rows = slice(start, end)
+        for b, ends in enumerate(torch.atleast_2d(offsets).unfold(1, 2, 1).unbind(1)):  # (parts, 2)
+            rows = torch.cat([torch.arange(start, end) for start, end in ends.tolist()])
             own = {"age": age[None, rows], "born": born[None, rows], "ramp": ramp, "position": position}
             spans = span.expand(len(key), heads)[None, rows].transpose(1, 2)  # (1, H, S)
             keys, values = (packed[None, rows].transpose(1, 2) for packed in (key, value))
