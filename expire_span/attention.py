@@ -105,6 +105,7 @@ def packed_span_attention(
     span: Tensor,
     ramp: float,
     position: Tensor | None = None,
+    rows: Tensor | None = None,
     reach: Tensor | None = None,
     bias: Tensor | None = None,
     born: Tensor | None = None,
@@ -114,8 +115,8 @@ def packed_span_attention(
     """`span_attention` over packed keys: sample b owns rows offsets[b] to offsets[b + 1]. The one door to faster forms.
 
     query (B, H, T, D); key, value (N, H, D); offsets (B + 1,), or (parts, B + 1) where each sample has rows in several
-    places; age, born (N,); span, bias broadcastable to (N, H); position, reach, ramp and dropout as above. Returns
-    (B, H, T, D).
+    places; age, born (N,); span, bias broadcastable to (N, H); position, reach, ramp and dropout as above. rows (P,):
+    the row of position that tells distance j + 1, each the last one's or the next (None: row j). Returns (B, H, T, D).
 
     kernel: "definition" pads and calls it. The others keep nothing as large as the scores for the backward pass: "cpp"
     is for the CPU, "triton" for CUDA; "torch" is the definition again, some samples at a time, and made anew backward.
@@ -125,11 +126,12 @@ def packed_span_attention(
     if not compiling:  # else the operator itself looks what there is
         kernel = operator.form(kernel, query.device.type, query.dtype)
     if kernel in ("definition", "torch"):
+        position = position if rows is None or position is None else position[rows]
         call = put_together(Packed(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout))
         return padded(call) if kernel == "definition" else in_parts(call)
     seed = int(torch.randint(2**31 - 1, ())) if dropout else 0  # on the CPU: no device is waited for
     offsets, span = torch.atleast_2d(offsets), torch.atleast_2d(span)
-    arguments = (query, key, value, offsets, age, span, float(ramp), position, reach)
+    arguments = (query, key, value, offsets, age, span, float(ramp), position, rows, reach)
     bias = None if bias is None else torch.atleast_2d(bias)
     attention = torch.ops.expire_span.attention if compiling else operator.Eager.apply
     out, _ = attention(*arguments, bias, born, dropout, seed, kernel)

@@ -180,7 +180,8 @@ class Layer(nn.Module):
             age=age,
             span=span,
             ramp=self.memory.ramp,
-            position=self.memory.spread(position[: self.memory.positions]),
+            position=position[: self.memory.positions],
+            rows=self.memory.rows,
             reach=reach,
             born=entries.born,
         )

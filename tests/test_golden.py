@@ -121,7 +121,7 @@ def test_compressive_attention_and_what_it_keeps():
     )
     entries = join(join(state, memory.pool(state, torch.arange(4))), dense(block, torch.arange(4)))
     span, age = memory.span(entries), -entries.time
-    out = attended(attention, block, entries, span, age=age, ramp=memory.ramp, position=memory.spread(position))
+    out = attended(attention, block, entries, span, age=age, ramp=memory.ramp, position=position[memory.rows])
     assert_equal("out", out, g.out)
     (out * g.upstream).sum().backward()
     assert_gradients(g, attention, position, memory=remembered, compressed=compressed, block=block)

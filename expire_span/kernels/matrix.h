@@ -36,7 +36,8 @@ struct Scratch {
   std::vector<real> memory;
 
   Matrix<real> of(int64_t rows, int64_t columns) {
-    const int64_t apart = round_up(columns) + LINE;
+    int64_t apart = round_up(columns) + LINE;
+    if (apart % (4 * LINE) == 0) apart += LINE;
     if (static_cast<int64_t>(memory.size()) < rows * apart) memory.resize(rows * apart);
     return {memory.data(), rows, columns, apart};
   }

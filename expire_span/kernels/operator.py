@@ -52,6 +52,7 @@ def forward(
     span: Tensor,
     ramp: float,
     position: Tensor | None,
+    rows: Tensor | None,
     reach: Tensor | None,
     bias: Tensor | None,
     born: Tensor | None,
@@ -60,7 +61,7 @@ def forward(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, T, D), and what the backward pass of the form wants besides."""
-    given = (query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed)
+    given = (query, key, value, offsets, age, span, ramp, position, rows, reach, bias, born, dropout, seed)
     with torch.autocast(query.device.type, enabled=False):
         return module(kernel, query).forward(*given)
 
@@ -77,6 +78,7 @@ def backward(
     span: Tensor,
     ramp: float,
     position: Tensor | None,
+    rows: Tensor | None,
     reach: Tensor | None,
     bias: Tensor | None,
     born: Tensor | None,
@@ -86,7 +88,7 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of query, key, value, span, position and bias; empty where not needed."""
-    given = (query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed)
+    given = (query, key, value, offsets, age, span, ramp, position, rows, reach, bias, born, dropout, seed)
     with torch.autocast(query.device.type, enabled=False):
         found = module(kernel, query).backward(gradient, out, lse, *given, needs)
     return [query.new_empty(0) if each is None else each for each in found]
@@ -106,30 +108,30 @@ def _(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, age: Tensor, s
 
 @attention_backward.register_fake
 def _(gradient: Tensor, out: Tensor, lse: Tensor, query, key, value, offsets, age, span, ramp, position, *rest: Any):
-    bias, needs = rest[1], rest[-1]
+    bias, needs = rest[2], rest[-1]
     wanted = (query, key, value, span, position, bias)
     return [torch.empty_like(like) if need else query.new_empty(0) for like, need in zip(wanted, needs, strict=True)]
 
 
 def setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    (query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed, kernel) = inputs
+    (query, key, value, offsets, age, span, ramp, position, rows, reach, bias, born, dropout, seed, kernel) = inputs
     out, lse = output
-    ctx.save_for_backward(out, lse, query, key, value, offsets, age, span, position, reach, bias, born)
+    ctx.save_for_backward(out, lse, query, key, value, offsets, age, span, position, rows, reach, bias, born)
     ctx.others = ramp, dropout, seed, kernel
     ctx.set_materialize_grads(False)
 
 
 def gradients(ctx: Any, gradient: Tensor | None, backward: Callable[..., list[Tensor]]) -> tuple:
     if gradient is None:
-        return (None,) * 14
-    out, lse, query, key, value, offsets, age, span, position, reach, bias, born = ctx.saved_tensors
+        return (None,) * 15
+    out, lse, query, key, value, offsets, age, span, position, rows, reach, bias, born = ctx.saved_tensors
     ramp, dropout, seed, kernel = ctx.others
     by_input = ctx.needs_input_grad
-    needs = [by_input[number] for number in (0, 1, 2, 5, 7, 9)]
-    given = (query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed, kernel)
+    needs = [by_input[number] for number in (0, 1, 2, 5, 7, 10)]
+    given = (query, key, value, offsets, age, span, ramp, position, rows, reach, bias, born, dropout, seed, kernel)
     found = backward(gradient, out, lse, *given, needs)
     q, k, v, s, p, b = (each if need else None for each, need in zip(found, needs, strict=True))
-    return q, k, v, None, None, s, None, p, None, b, None, None, None, None
+    return q, k, v, None, None, s, None, p, None, None, b, None, None, None, None
 
 
 attention.register_autograd(

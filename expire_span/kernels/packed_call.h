@@ -27,16 +27,18 @@ struct Call {
   Tensor age;      // (N,) int64
   Tensor span;     // (N, H)
   double ramp;
-  Maybe table;     // (P, D): the position terms, the farthest first
+  Maybe table;     // the position terms (rows, D), the farthest first
+  Maybe rows;      // (P,) int64: which row, counted from the nearest, tells distance j + 1 (none: row j)
   Maybe reach;     // (B, T) int64
   Maybe bias;      // (N, H)
   Maybe born;      // (N,) int64
   double dropout;
   int64_t seed;
+  int64_t farthest = 0;  // the distance up to which the table tells
 
   Call(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& offsets_, const Tensor& age_,
-       const Tensor& span_, double ramp, const Maybe& position, const Maybe& reach_, const Maybe& bias_,
-       const Maybe& born_, double dropout, int64_t seed)
+       const Tensor& span_, double ramp, const Maybe& position, const Maybe& rows_, const Maybe& reach_,
+       const Maybe& bias_, const Maybe& born_, double dropout, int64_t seed)
       : offsets(offsets_.contiguous()), age(age_.contiguous()), ramp(ramp), dropout(dropout), seed(seed) {
     const auto kind = at::promote_types(query_.scalar_type(), at::promote_types(span_.scalar_type(), at::kFloat));
     const auto by_key = [&](const Tensor& rows) { return rows.to(kind).expand({key_.size(0), query_.size(1)}); };
@@ -47,9 +49,12 @@ struct Call {
     if (born_) born = born_->contiguous();
     check();
     if (position && position->size(0) > 0 && key.size(0) > 0) {
-      const int64_t needed = std::max<int64_t>(1, age.max().item<int64_t>() + block());  // none is farther
-      table = position->narrow(0, 0, std::min(needed, position->size(0))).to(kind).flip(0);
-      TORCH_CHECK(table->size(1) == size(), "position must be (n, ", size(), "), got ", position->sizes());
+      if (rows_) rows = rows_->contiguous();
+      check_table(*position);
+      const int64_t needed = std::max<int64_t>(1, age.max().item<int64_t>() + block());  // no key is farther
+      farthest = std::min(needed, rows ? rows->size(0) : position->size(0));
+      const int64_t nearest = rows ? rows->data_ptr<int64_t>()[farthest - 1] + 1 : farthest;  // rows of the table
+      table = position->narrow(0, 0, nearest).to(kind).flip(0);
     }
   }
 
@@ -58,12 +63,14 @@ struct Call {
   int64_t size() const { return query.size(3); }
   int64_t tasks() const { return query.size(0) * query.size(1); }
   int64_t parts() const { return offsets.size(0); }
-  std::pair<int64_t, int64_t> rows(int64_t part, int64_t sample) const {
-    const auto ends = offsets.data_ptr<int64_t>() + part * offsets.size(1) + sample;
-    return {ends[0], ends[1]};
+  std::pair<int64_t, int64_t> ends(int64_t part, int64_t sample) const {
+    const auto own = offsets.data_ptr<int64_t>() + part * offsets.size(1) + sample;
+    return {own[0], own[1]};
   }
-  int64_t farthest() const { return table ? table->size(0) : 0; }  // P
-  // (D, P + LINE): the table turned, and zeros.
+  int64_t row_of(int64_t distance) const {
+    return table->size(0) - 1 - (rows ? rows->data_ptr<int64_t>()[distance - 1] : distance - 1);
+  }
+  // (D, rows + LINE): the table turned, and zeros.
   Maybe turned_table() const {
     if (!table) return std::nullopt;
     return at::cat({table->t(), at::zeros({size(), LINE}, table->options())}, 1);
@@ -78,10 +85,10 @@ struct Call {
     int64_t end = 0;
     bool whole = true;  // each part's begin where the last one's end
     for (int64_t part = 0; part < parts(); ++part) {
-      whole &= rows(part, 0).first == end;
+      whole &= ends(part, 0).first == end;
       for (int64_t b = 0; b < samples; ++b) {
-        TORCH_CHECK(rows(part, b).first <= rows(part, b).second, "offsets must not fall: ", offsets);
-        end = rows(part, b).second;
+        TORCH_CHECK(ends(part, b).first <= ends(part, b).second, "offsets must not fall: ", offsets);
+        end = ends(part, b).second;
       }
     }
     TORCH_CHECK(whole && end == total, "offsets must lead from 0 to the ", total, " keys, part by part: ", offsets);
@@ -90,6 +97,15 @@ struct Call {
     TORCH_CHECK(age.numel() == total && (!born || born->numel() == total), "age and born must be (", total, ",)");
     TORCH_CHECK(!reach || (reach->size(0) == query.size(0) && reach->size(1) == block()), "reach must be (",
                 query.size(0), ", ", block(), "), got ", reach->sizes());
+  }
+
+  void check_table(const Tensor& position) const {
+    TORCH_CHECK(position.size(1) == size(), "position must be (n, ", size(), "), got ", position.sizes());
+    if (!rows) return;
+    const auto row = rows->data_ptr<int64_t>();
+    bool rising = rows->numel() > 0 && row[0] >= 0 && row[rows->numel() - 1] < position.size(0);
+    for (int64_t j = 1; j < rows->numel(); ++j) rising &= row[j] == row[j - 1] || row[j] == row[j - 1] + 1;
+    TORCH_CHECK(rising, "rows must be of position's ", position.size(0), ", each the last one's or the next, got ", *rows);
   }
 };
 
@@ -107,7 +123,7 @@ struct Head {
   template <typename Work>
   void for_keys(const Work& work) const {
     for (int64_t part = 0; part < call.parts(); ++part) {
-      auto [first, last] = call.rows(part, sample);
+      auto [first, last] = call.ends(part, sample);
       for (int64_t n; first < last; first += n) {
         n = alike(first, std::min(last - first, call.keys_at_once()));
         work(first, n);

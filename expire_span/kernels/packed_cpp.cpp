@@ -8,6 +8,7 @@
 // as a higher score appears. m multiplies after the exponential, so nothing is divided by it.
 
 #include "packed_call.h"
+#include "packed_terms.h"
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -36,41 +37,29 @@ struct Keys {
   real ramp = 1;
   std::vector<real> age, remaining, from, bias;  // (n,): remaining is span - age; seen from query `from` on
   std::vector<real> kept;                        // (n,): the factors of dropout of one query's weights
-  std::vector<int64_t> column;                   // (n,): of query 0 in `terms`; the next query's is one less
-  int64_t near = 0, far = 0;                     // the keys that the table may reach are near to far
-  bool neighbours = true;                        // whether the column of each of these follows the last one's
-  int64_t row = 0, begin = 0, end = 0;           // columns begin to end of `terms` are the table's rows from `row` on
   Matrix<real> score, dscore;                    // (T, n)
-  Matrix<real> terms;                            // (T, columns): q . p by distance, the farthest first, between zeros
-  Scratch<real> scores, dscores, all_terms, turned;
+  Scratch<real> scores, dscores, turned;
+  Terms<real> terms;
 
   // Takes up the `many` keys from row `first` on.
   void take(const Head<real>& head, int64_t first, int64_t many) {
     const Call& call = head.call;
-    const int64_t block = call.block(), reached = call.farthest();
     const auto ages = call.age.data_ptr<int64_t>() + first;
     const auto born = call.born ? call.born->data_ptr<int64_t>() + first : nullptr;
     const auto span = call.span.accessor<real, 2>();
-    int64_t nearest = reached + 1, farthest = 1 - block;  // of the ages, as far as they matter to the table
-    n = many, ramp = static_cast<real>(call.ramp), near = n, far = 0;
-    age.resize(n), remaining.resize(n), from.resize(n), column.resize(n), bias.assign(n, 0), kept.assign(n, 1);
+    n = many, ramp = static_cast<real>(call.ramp);
+    age.resize(n), remaining.resize(n), from.resize(n), bias.assign(n, 0), kept.assign(n, 1);
+    real longest = 0;
     for (int64_t s = 0; s < n; ++s) {
+      const real own = span[first + s][head.head];
       age[s] = static_cast<real>(ages[s]);
-      remaining[s] = span[first + s][head.head] - age[s];
+      remaining[s] = own - age[s];
       from[s] = static_cast<real>(born ? born[s] : 1) - age[s];
       if (call.bias) bias[s] = call.bias->accessor<real, 2>()[first + s][head.head];
-      column[s] = std::clamp(ages[s], 1 - block, reached + 1);
-      nearest = std::min(nearest, column[s]), farthest = std::max(farthest, column[s]);
-      if (call.table && ages[s] <= reached) near = std::min(near, s), far = s + 1;
+      longest = own <= longest ? longest : own;  // what is not a number is longer than all
     }
-    for (auto& each : column) each = farthest - each + block - 1;
-    score = scores.of(block, n), dscore = dscores.of(block, n);
-    if (near >= far) return;
-    neighbours = true;
-    for (int64_t s = near + 1; s < far; ++s) neighbours &= column[s] == column[s - 1] + 1;
-    const int64_t columns = farthest - nearest + block, before = reached - farthest - block + 1;
-    begin = std::max<int64_t>(0, -before), end = std::min(columns, reached - before), row = before + begin;
-    terms = all_terms.of(block, columns);
+    score = scores.of(call.block(), n), dscore = dscores.of(call.block(), n);
+    terms.take(call, ages, n, longest + ramp);
   }
 
   // out = a b^T. For a few rows, turning b is not worth it.
@@ -84,49 +73,15 @@ struct Keys {
   // score = q . k + q . p
   void products(Matrix<real> query, Matrix<real> key, const Maybe& turned_table) {
     multiply_turned(query, key, score);
-    if (near >= far) return;
-    for (int64_t t = 0; t < terms.rows; ++t) std::fill(terms.row(t), terms.row(t) + terms.columns, real(0));
-    const int64_t all = turned_table->size(1), columns = round_up(end - begin);
-    const Matrix<real> table{turned_table->data_ptr<real>() + row, query.columns, columns, all};
-    multiply(query, table, terms.some_columns(begin, columns));
-    for (int64_t t = 0; t < score.rows; ++t) add_terms(score.row(t), terms.row(t) - t);
+    if (terms.any()) terms.add(query, turned_table->data_ptr<real>(), turned_table->size(1), score);
   }
 
-  void add_terms(real* __restrict x, const real* from) const {
-    const auto columns = column.data();
-    const int64_t shift = columns[near] - near;
-    if (neighbours)
-#pragma omp simd
-      for (int64_t s = near; s < far; ++s) x[s] += from[s + shift];
-    else
-#pragma omp simd
-      for (int64_t s = near; s < far; ++s) x[s] += from[columns[s]];
-  }
-
-  // The reverse of `products`: adds to the gradients of query and table, given that of the scores.
+  // The reverse: adds to the gradients of query and table, given that of the scores.
   void products_gradient(
       Matrix<real> query, Matrix<real> key, const Maybe& table, Matrix<real> dquery, Matrix<real> dkey, real* dtable) {
     multiply(dscore, key, dquery, true);
     multiply(dscore.t(), query, dkey);
-    if (near >= far) return;
-    for (int64_t t = 0; t < terms.rows; ++t) {
-      std::fill(terms.row(t), terms.row(t) + terms.columns, real(0));
-      gather_terms(dscore.row(t), terms.row(t) - t);
-    }
-    const int64_t size = query.columns, rows = end - begin;
-    const auto middle = terms.some_columns(begin, rows);
-    multiply(middle, Matrix<real>{table->data_ptr<real>() + row * size, rows, size, size}, dquery, true);
-    multiply(middle.t(), query, Matrix<real>{dtable + row * size, rows, size, size}, true);
-  }
-
-  void gather_terms(const real* __restrict ds, real* __restrict to) const {
-    const auto columns = column.data();
-    const int64_t shift = columns[near] - near;
-    if (neighbours)
-#pragma omp simd
-      for (int64_t s = near; s < far; ++s) to[s + shift] += ds[s];
-    else
-      for (int64_t s = near; s < far; ++s) to[columns[s]] += ds[s];
+    if (terms.any()) terms.gradient(query, table->data_ptr<real>(), dscore, dquery, dtable);
   }
 
   // Adds the bias to query t's scores x, takes `less` off, and makes -inf of what it does not see. Returns the highest.
@@ -248,9 +203,9 @@ void backward_of(const Call& call, const Tensor& dout, const Tensor& delta, cons
 // out (B, H, T, D), as query is, and the log-sum-exp of each query's scores (B, H, T).
 std::tuple<Tensor, Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& offsets, const Tensor& age,
-    const Tensor& span, double ramp, const Maybe& position, const Maybe& reach, const Maybe& bias, const Maybe& born,
-    double dropout, int64_t seed) {
-  const Call call(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed);
+    const Tensor& span, double ramp, const Maybe& position, const Maybe& rows, const Maybe& reach, const Maybe& bias,
+    const Maybe& born, double dropout, int64_t seed) {
+  const Call call(query, key, value, offsets, age, span, ramp, position, rows, reach, bias, born, dropout, seed);
   const auto like = call.query.options();
   Tensor out = at::zeros({query.size(0), query.size(2), query.size(1), query.size(3)}, like).transpose(1, 2);
   Tensor lse = at::full({query.size(0), query.size(1), query.size(2)}, INFINITY, like);
@@ -264,15 +219,16 @@ std::tuple<Tensor, Tensor> forward(
 std::vector<Tensor> backward(
     const Tensor& gradient, const Tensor& out, const Tensor& lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const Tensor& offsets, const Tensor& age, const Tensor& span, double ramp,
-    const Maybe& position, const Maybe& reach, const Maybe& bias, const Maybe& born, double dropout, int64_t seed) {
-  const Call call(query, key, value, offsets, age, span, ramp, position, reach, bias, born, dropout, seed);
+    const Maybe& position, const Maybe& rows, const Maybe& reach, const Maybe& bias, const Maybe& born, double dropout,
+    int64_t seed) {
+  const Call call(query, key, value, offsets, age, span, ramp, position, rows, reach, bias, born, dropout, seed);
   const auto like = call.query.options();
   const Tensor dout = gradient.to(lse.scalar_type()), delta = (dout * out).sum(-1).contiguous();  // (B, H, T)
   Gradients grad{at::zeros({query.size(0), query.size(2), query.size(1), query.size(3)}, like).transpose(1, 2),
                  at::empty(key.sizes(), like), at::empty(value.sizes(), like),
                  at::zeros({query.size(1), key.size(0)}, like)};
   if (bias) grad.bias = at::zeros_like(grad.span);
-  if (call.table) grad.table = at::zeros({at::get_num_threads(), call.farthest(), call.size()}, like);
+  if (call.table) grad.table = at::zeros({at::get_num_threads(), call.table->size(0), call.size()}, like);
   if (key.size(0) > 0)
     AT_DISPATCH_FLOATING_TYPES(
         lse.scalar_type(), "expire_span", [&] { backward_of<scalar_t>(call, dout, delta, lse, grad); });
@@ -280,7 +236,7 @@ std::vector<Tensor> backward(
   Tensor of_position, of_bias;
   if (position) {
     of_position = at::zeros_like(*position);
-    if (call.table) of_position.narrow(0, 0, call.farthest()).copy_(grad.table.sum(0).flip(0));
+    if (call.table) of_position.narrow(0, 0, call.table->size(0)).copy_(grad.table.sum(0).flip(0));
   }
   if (bias) of_bias = grad.bias.t().sum_to_size(bias->sizes()).to(bias->scalar_type());
   return {(grad.query / std::sqrt(query.size(3))).to(query.scalar_type()), grad.key.to(key.scalar_type()),

@@ -85,7 +85,8 @@ def available() -> bool:
 # fmt: off
 def forward(
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, age: Tensor, span: Tensor, ramp: float,
-    position: Tensor | None, reach: Tensor | None, bias: Tensor | None, born: Tensor | None, dropout: float, seed: int,
+    position: Tensor | None, rows: Tensor | None, reach: Tensor | None, bias: Tensor | None, born: Tensor | None,
+    dropout: float, seed: int,
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, T, D) in query's dtype, and lse (B, H, T) float32: -inf for a query that sees nothing.
 
@@ -94,7 +95,7 @@ def forward(
     """
     query = _by_time(query)  # (B, T, H, D)
     samples, steps, heads, _ = query.shape
-    table, fading = _table(position, query), _fading(age, span, ramp, reach, bias, born, heads)
+    table, fading = _table(position, rows, query), _fading(age, span, ramp, reach, bias, born, heads)
     shared = _shared(key, value, dropout, seed)
     out, lse = torch.empty_like(query), query.new_empty(samples, heads, steps, dtype=torch.float32)
     for part in _parts(query, table):
@@ -106,17 +107,19 @@ def forward(
 def backward(
     gradient: Tensor, out: Tensor, lse: Tensor,
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, age: Tensor, span: Tensor, ramp: float,
-    position: Tensor | None, reach: Tensor | None, bias: Tensor | None, born: Tensor | None, dropout: float, seed: int,
-    needs: tuple[bool, ...],
+    position: Tensor | None, rows: Tensor | None, reach: Tensor | None, bias: Tensor | None, born: Tensor | None,
+    dropout: float, seed: int, needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, span, position and bias, each if it is needed, from forward's out and lse."""
     query, gradient, out = _by_time(query), _by_time(gradient), _by_time(out)  # (B, T, H, D)
-    table, fading = _table(position, query), _fading(age, span, ramp, reach, bias, born, key.shape[1])
+    table, fading = _table(position, rows, query), _fading(age, span, ramp, reach, bias, born, key.shape[1])
     shared = _shared(key, value, dropout, seed)
     d_query, delta = torch.empty_like(query), torch.empty_like(lse)
     d_key, d_value = torch.empty_like(shared["key"]), torch.empty_like(shared["value"])
     d_span, d_bias = (lse.new_empty(key.shape[:2]) if needs[i] else None for i in (3, 5))  # (N, H), summed at the end
-    d_position = lse.new_zeros(position.shape) if position is not None and needs[4] else None
+    d_position = None
+    if position is not None and needs[4]:
+        d_position = lse.new_zeros((len(position) if rows is None else len(rows), position.shape[1]))
     for part in _parts(query, table):
         own = _own(part, query, offsets, fading, table)
         own |= {"gradient": gradient[part], "lse": lse[part], "delta": delta[part]}
@@ -131,6 +134,8 @@ def backward(
             d_query[part].flatten(0, 2).add_(_product(d_rel, table))
             if d_position is not None:
                 d_position += _product(d_rel.T, query[part].flatten(0, 2))
+    if position is not None and rows is not None and d_position is not None:
+        d_position = lse.new_zeros(position.shape).index_add_(0, rows, d_position)
 
     def like(given: Tensor | None, summed: Tensor | None) -> Tensor | None:
         return None if given is None or summed is None else summed.sum_to_size(given.shape).to(given.dtype)
@@ -146,8 +151,11 @@ def _by_time(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).contiguous()
 
 
-def _table(position: Tensor | None, query: Tensor) -> Tensor | None:
-    return None if position is None or len(position) == 0 else position.to(query.dtype)
+def _table(position: Tensor | None, rows: Tensor | None, query: Tensor) -> Tensor | None:
+    """(P, D): a row for every distance."""
+    if position is None or len(position) == 0:
+        return None
+    return (position if rows is None else position[rows]).to(query.dtype)
 
 
 def _shared(key: Tensor, value: Tensor, dropout: float, seed: int) -> dict[str, Any]:

@@ -24,6 +24,8 @@ class Compressive(Mechanism):
             raise ValueError(f"model.compressed and model.rate must be at least 1, got {compressed} and {rate}")
         super().__init__(max_span, ramp=1, positions=max_span + compressed + 1)
         self.compressed, self.rate = compressed, rate
+        pooled = max_span + torch.arange(compressed + 1).repeat_interleave(rate)  # a slot's row tells c distances
+        self.rows = torch.cat([torch.arange(max_span), pooled])
 
     def pool(self, memory: Memory, time: Tensor) -> Memory:
         """Of what is about to leave: the groups of c whose oldest state leaves the last L during this block."""
@@ -45,10 +47,6 @@ class Compressive(Mechanism):
         whole = (count == self.rate) & (starts < time[0] - self.max_span + block).repeat(samples)
         pooled = dense((total / self.rate).unflatten(0, (samples, groups)), starts - 1, born=self.max_span + 1)
         return pooled._replace(born=pooled.born.where(whole, NEVER))  # not whole: never seen, and deleted with the rest
-
-    def spread(self, position: Tensor) -> Tensor:
-        """The L rows of single distances, then each pooled slot's row for the c distances that it stands for."""
-        return torch.cat([position[: self.max_span], position[self.max_span :].repeat_interleave(self.rate, 0)])
 
     def span(self, memory: Memory) -> Tensor:
         pooled = (memory.born > 1)[:, None]  # (N, 1)

@@ -12,6 +12,7 @@ class Mechanism(nn.Module):
     max_span     L, timesteps
     ramp         R, timesteps over which a memory fades; 1 with whole spans is a hard edge
     positions    rows of the position table: how far back, in timesteps, a memory's distance is told
+    rows         (P,) int64: the table's row for distance j + 1, where distances share some (None: row j)
     random_drop  hide all memories farther than l ~ U(0, L) in training, one l a batch (section 4)
     """
 
@@ -26,14 +27,12 @@ class Mechanism(nn.Module):
         if positions < 0:
             raise ValueError(f"model.positions must not be negative (timesteps), got {positions}; 0 tells no distance")
         self.max_span, self.ramp, self.positions = max_span, ramp, positions
+        self.rows: Tensor | None
+        self.register_buffer("rows", None, persistent=False)
 
     def pool(self, memory: Memory, time: Tensor) -> Memory | None:
         """Further memories, made out of those that there are, for the block of timesteps `time` (T,) and later ones."""
         return None
-
-    def spread(self, position: Tensor) -> Tensor:
-        """(positions, D) -> (n, D), whose row j is the term of distance j + 1."""
-        return position
 
     def span(self, memory: Memory) -> Tensor:
         """(N or 1, H or 1): the span of each memory, for each head, in timesteps."""

@@ -106,6 +106,22 @@ def test_dense_and_scattered_memories_have_the_same_positions(ages, kernel):
     assert_same(inputs, fixed, kernel)
 
 
+@pytest.mark.parametrize("ages", ["dense", "every third"])
+@pytest.mark.parametrize("positions", [11, 40], ids=["the table ends before the farthest key", "after it"])
+def test_distances_may_share_rows_of_the_table(ages, positions, kernel):
+    inputs, fixed = drawn((30, 4), positions=positions, queries=9)
+    if ages == "every third":
+        fixed["age"] = fixed["age"] * 3
+    rows = torch.cat([torch.arange(5), 5 + torch.arange(positions - 5).repeat_interleave(4)])
+    out, ours = with_gradients(inputs, fixed, rows=rows, kernel=kernel)
+    reference, theirs = with_gradients(inputs | {"position": inputs["position"][rows]}, fixed, kernel="definition")
+    of_position = list(inputs).index("position")
+    shared = torch.zeros_like(inputs["position"]).index_add(0, rows, theirs[of_position])
+    assert_equal("out", out, reference)
+    for name, one, other in zip(inputs, ours, theirs, strict=True):
+        assert_equal(f"gradient of {name}", one, shared if name == "position" else other)
+
+
 @pytest.mark.parametrize("form", ["cpp", "torch", "definition"])
 def test_a_sample_may_have_its_rows_in_several_places(form):
     """Memories first, then blocks, as a layer has them; or sample by sample: the same, with all gradients."""
@@ -241,6 +257,8 @@ def test_without_a_working_compiler_another_form_is_taken_and_that_is_said(compi
         ({"offsets": torch.tensor([0, 30, 25])}, "offsets must not fall"),
         ({"offsets": torch.tensor([[0, 5, 9], [10, 12, 25]])}, "offsets must lead from 0 to the 25 keys, part by part"),
         ({"offsets": torch.tensor([0, 25])}, r"offsets must be \(parts, 3\)"),
+        ({"rows": torch.tensor([0, 2])}, "rows must be of position's 7"),
+        ({"rows": torch.tensor([5, 6, 7])}, "rows must be of position's 7"),
         ({"age": torch.zeros(7, dtype=torch.long)}, "age and born must be"),
         ({"reach": torch.zeros(1, 6, dtype=torch.long)}, "reach must be"),
     ],

@@ -86,6 +86,7 @@ def drawn(
         "span": torch.rand(by(spans), generator=g) * 40 - 10,
         "ramp": 7.0,
         "position": normal(positions, size, generator=g) if positions else None,
+        "rows": None,
         "reach": torch.randint(0, 40, (samples, steps), generator=g) if reach else None,
         "bias": normal(by(biases), generator=g) if biases else None,
         "born": torch.randint(1, 6, (total,), generator=g) if born else None,
@@ -104,6 +105,9 @@ def defined(inputs, kept=None):
     """
     names = [name for name in LEARNED if inputs[name] is not None]
     leaves = {name: inputs[name].double().requires_grad_() for name in names}
+    position = leaves.get("position")
+    if inputs["rows"] is not None:
+        position = position[inputs["rows"]]
     query, key, value, span = (leaves[name] for name in LEARNED[:4])
     heads, total, out = query.shape[1], len(key), []
 
@@ -119,7 +123,7 @@ def defined(inputs, kept=None):
             "age": inputs["age"][None, own],
             "span": by_head(span, own),
             "ramp": inputs["ramp"],
-            "position": leaves.get("position"),
+            "position": position,
             "reach": None if inputs["reach"] is None else inputs["reach"][b : b + 1],
             "bias": by_head(leaves["bias"], own) if "bias" in leaves else None,
             "born": None if inputs["born"] is None else inputs["born"][None, own],
@@ -201,6 +205,11 @@ def test_a_sample_may_have_its_rows_in_several_places():
     for name, gradient in ours.items():
         expected = theirs[name][order] if len(theirs[name]) == total else theirs[name]
         assert_equal(f"gradient: {name}", gradient, expected, 1e-5 * max(1.0, float(expected.abs().max())))
+
+
+def test_distances_may_share_rows_of_the_table():
+    inputs = drawn(lengths=(30, 11), heads=1, positions=12, reach=False)
+    assert_as_defined(inputs | {"rows": torch.tensor([0, 1, 2, *sorted([3, 4, 5, 6, 7, 8, 9] * 3)], device=DEVICE)})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -42,8 +42,8 @@ def attention_by_loops(
 def packed_by_loops(epsilon: float = 0.0):
     """What stands in for `packed_span_attention`: each sample by nested loops."""
 
-    def attend(query, key, value, offsets, *, age, span, ramp, position, born, reach=None, dropout=0.0, kernel="auto"):
-        assert reach is None
+    def attend(query, key, value, offsets, *, age, span, ramp, position, born, dropout=0.0, kernel="auto", **others):
+        assert all(other is None for other in others.values())  # rows, reach
         assert dropout == 0
         heads, out = key.shape[1], []
         for b, ends in enumerate(torch.atleast_2d(offsets).unfold(1, 2, 1).unbind(1)):  # (parts, 2)
