@@ -134,8 +134,9 @@ def backward(
             d_query[part].flatten(0, 2).add_(_product(d_rel, table))
             if d_position is not None:
                 d_position += _product(d_rel.T, query[part].flatten(0, 2))
-    if position is not None and rows is not None and d_position is not None:
-        d_position = lse.new_zeros(position.shape).index_add_(0, rows, d_position)
+    if position is not None and rows is not None and d_position is not None:  # summed in the same order every time
+        lengths = torch.searchsorted(rows, torch.arange(len(position) + 1, device=rows.device)).diff()
+        d_position = torch.segment_reduce(d_position, "sum", lengths=lengths, axis=0, unsafe=True, initial=0.0)
 
     def like(given: Tensor | None, summed: Tensor | None) -> Tensor | None:
         return None if given is None or summed is None else summed.sum_to_size(given.shape).to(given.dtype)
