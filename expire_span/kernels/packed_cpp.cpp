@@ -62,9 +62,8 @@ struct Keys {
     terms.take(call, ages, n, longest + ramp);
   }
 
-  // out = a b^T. For a few rows, turning b is not worth it.
+  // out = a b^T
   void multiply_turned(Matrix<real> a, Matrix<real> b, Matrix<real> out) {
-    if (a.rows < ROWS) return multiply(a, b.t(), out);
     const auto across = turned.of(b.columns, b.rows);
     turn(b, across);
     multiply(a, whole(across), whole(out));
