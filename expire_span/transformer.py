@@ -254,12 +254,6 @@ class Transformer(nn.Module):
         """Another number after every change of the weights."""
         return sum(parameter._version for parameter in self.parameters()) if self.remembers_projections else -1
 
-    def known(self, state: State) -> list[Memory]:
-        """The state's memories, with their keys, values and spans where these are still true."""
-        if self.remembers_projections and state.get("weights", -1) == self.weights_version():
-            return state["layers"]
-        return [memory._replace(projected=None) for memory in state["layers"]]
-
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T, d), of tokens (B, T), of F fields a timestep (B, T, F), or of floating bags (B, T, vocabulary)."""
         if tokens.is_floating_point():
@@ -286,8 +280,11 @@ class Transformer(nn.Module):
             limit = torch.randint(self.farthest_drop + 1, (1, 1)).to(hidden.device)  # one for all samples and layers
             reach = limit.expand(samples, block) if reach is None else torch.minimum(reach, limit)
 
+        version, memories = self.weights_version(), state["layers"]
+        if not self.remembers_projections or state.get("weights", -1) != version:  # their keys and values are not true
+            memories = [memory._replace(projected=None) for memory in memories]
         entries, kept, figures = [], [], []
-        for layer, memory in zip(self.layers, self.known(state), strict=True):
+        for layer, memory in zip(self.layers, memories, strict=True):
             given = (hidden, memory, state["now"], self.position, reach, episode)
             if self.config.recompute and torch.is_grad_enabled():
                 hidden, seen, which, about = checkpoint(layer, *given, use_reentrant=False)
@@ -300,7 +297,7 @@ class Transformer(nn.Module):
         memories = [select(*each) for each in zip(entries, kept, totals, strict=True)]
 
         hidden = dropout(self.norm(hidden), self.config.embedding_dropout, self.training)
-        carried = {"now": state["now"] + block, "layers": memories, "weights": self.weights_version()}
+        carried = {"now": state["now"] + block, "layers": memories, "weights": version}
         return self.output(hidden), carried, summed_up(figures, memories)
 
 
