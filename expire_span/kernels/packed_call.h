@@ -17,6 +17,7 @@ using at::Tensor;
 using Maybe = std::optional<Tensor>;
 
 constexpr int64_t SCORES = 1 << 15, LEAST = 64;  // scores worked on at once, and keys
+constexpr int64_t WORTH = 1 << 19;               // multiplications that are worth a thread
 
 // What attention is asked, all floating numbers of one kind.
 struct Call {
@@ -75,6 +76,8 @@ struct Call {
     if (!table) return std::nullopt;
     return at::cat({table->t(), at::zeros({size(), LINE}, table->options())}, 1);
   }
+  // How many tasks are worth a thread of their own.
+  int64_t grain() const { return 1 + WORTH / (1 + key.size(0) * block() * size() / query.size(0)); }
   int64_t keys_at_once() const { return std::max(LEAST, SCORES / block() / LEAST * LEAST); }
 
   // What would be read beyond its end is refused.

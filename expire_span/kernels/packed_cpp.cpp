@@ -128,7 +128,7 @@ template <typename real>
 void forward_of(const Call& call, const Tensor& out, const Tensor& lse) {
   const real never = -std::numeric_limits<real>::infinity();
   const Maybe turned_table = call.turned_table();
-  at::parallel_for(0, call.tasks(), 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, call.tasks(), call.grain(), [&](int64_t first, int64_t last) {
     Keys<real> keys;
     std::vector<real> high(call.block()), total(call.block());
     for (int64_t number = first; number < last; ++number) {
@@ -171,7 +171,7 @@ struct Gradients {
 template <typename real>
 void backward_of(const Call& call, const Tensor& dout, const Tensor& delta, const Tensor& lse, const Gradients& grad) {
   const Maybe turned_table = call.turned_table();
-  at::parallel_for(0, call.tasks(), 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, call.tasks(), call.grain(), [&](int64_t first, int64_t last) {
     Keys<real> keys;
     real* dtable = call.table ? grad.table[at::get_thread_num()].data_ptr<real>() : nullptr;
     for (int64_t number = first; number < last; ++number) {
