@@ -58,10 +58,11 @@ def select(memory: Memory, kept: Tensor, total: int | None = None) -> Memory:
     total: how many, where that is known.
     """
     ends, order = memory.offsets, None
-    if ends.dim() > 1:
+    if ends.shape[-1] == 2:  # one sample's are together as they are
+        ends = ends.flatten()[:: ends.numel() - 1]
+    elif ends.dim() > 1:
         order, ends = together(ends, len(kept))
         kept = kept.index_select(0, order)
-        order = order if len(ends) > 2 else None  # one sample's are together as they are
     if order is None and total == len(kept):
         return memory._replace(offsets=ends)
     rows = (kept.nonzero() if total is None else kept.nonzero_static(size=total)).squeeze(-1)
