@@ -78,7 +78,8 @@ struct Call {
   }
   // How many tasks are worth a thread of their own.
   int64_t grain() const { return 1 + WORTH / (1 + key.size(0) * block() * size() / query.size(0)); }
-  int64_t keys_at_once() const { return std::max(LEAST, SCORES / block() / LEAST * LEAST); }
+  // Not fewer than queries: their position terms are those of as many distances as there are keys and queries.
+  int64_t keys_at_once() const { return std::max({LEAST, SCORES / block() / LEAST * LEAST, block() / LEAST * LEAST}); }
 
   // What would be read beyond its end is refused.
   void check() const {
@@ -108,7 +109,8 @@ struct Call {
     const auto row = rows->data_ptr<int64_t>();
     bool rising = rows->numel() > 0 && row[0] >= 0 && row[rows->numel() - 1] < position.size(0);
     for (int64_t j = 1; j < rows->numel(); ++j) rising &= row[j] == row[j - 1] || row[j] == row[j - 1] + 1;
-    TORCH_CHECK(rising, "rows must be of position's ", position.size(0), ", each the last one's or the next, got ", *rows);
+    TORCH_CHECK(rising, "rows must be of position's ", position.size(0), ", each the last one's or the next, got ",
+                *rows);
   }
 };
 
