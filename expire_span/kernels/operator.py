@@ -121,7 +121,7 @@ def setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def gradients(ctx: Any, gradient: Tensor | None, backward: Callable[..., list[Tensor]]) -> tuple:
+def gradients(ctx: Any, gradient: Tensor | None, through: Callable[..., list[Tensor]]) -> tuple:
     if gradient is None:
         return (None,) * 15
     out, lse, query, key, value, offsets, age, span, position, rows, reach, bias, born = ctx.saved_tensors
@@ -129,7 +129,7 @@ def gradients(ctx: Any, gradient: Tensor | None, backward: Callable[..., list[Te
     by_input = ctx.needs_input_grad
     needs = [by_input[number] for number in (0, 1, 2, 5, 7, 10)]
     given = (query, key, value, offsets, age, span, ramp, position, rows, reach, bias, born, dropout, seed, kernel)
-    found = backward(gradient, out, lse, *given, needs)
+    found = through(gradient, out, lse, *given, needs)
     q, k, v, s, p, b = (each if need else None for each, need in zip(found, needs, strict=True))
     return q, k, v, None, None, s, None, p, None, None, b, None, None, None, None
 

@@ -56,7 +56,7 @@ struct Keys {
       remaining[s] = own - age[s];
       from[s] = static_cast<real>(born ? born[s] : 1) - age[s];
       if (call.bias) bias[s] = call.bias->accessor<real, 2>()[first + s][head.head];
-      longest = own <= longest ? longest : own;  // what is not a number is longer than all
+      longest = std::max(longest, own);
     }
     score = scores.of(call.block(), n), dscore = dscores.of(call.block(), n);
     terms.take(call, ages, n, longest + ramp);
@@ -165,7 +165,7 @@ void forward_of(const Call& call, const Tensor& out, const Tensor& lse) {
 struct Gradients {
   Tensor query, key, value;  // as the call's
   Tensor span, bias;         // (H, N)
-  Tensor table;              // (threads, P, D)
+  Tensor table;              // (threads, rows, D)
 };
 
 template <typename real>

@@ -77,7 +77,7 @@ struct Terms {
     }
   }
 
-  // Adds to the gradients of query and table (P, D), given that of the scores.
+  // Adds to the gradients of query and table (rows, D), given that of the scores.
   void gradient(Matrix<real> query, real* table, Matrix<real> dscore, Matrix<real> dquery, real* dtable) {
     clear();
     const auto columns = column.data();

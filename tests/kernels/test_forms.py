@@ -143,7 +143,7 @@ def test_a_sample_may_have_its_rows_in_several_places(form):
 
 
 def test_two_threads_give_what_one_gives(kernel):
-    inputs, fixed = drawn((40, 12, 3), queries=30)
+    inputs, fixed = drawn((40, 12, 3), queries=200, size=32, positions=90)  # enough work for two
     one, once = with_gradients(inputs, fixed, kernel=kernel)
     torch.set_num_threads(2)
     try:
