@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,18 +53,13 @@ TABLE4: dict[str, dict[str, int]] = {  # the paper's sizes; for instruction our 
 
 
 class ByLot(ExpireSpan):
-    """Spans of L for a share `kept` of the timesteps, drawn by their number and sample, and of 1 for all others."""
+    """Spans of L for the timesteps that a lot has chosen, of 1 for all others."""
 
-    kept = 1.0
-
-    def lot(self, time: Tensor, sample: Tensor) -> Tensor:
-        mixed = (time * 2_654_435_761 + sample * 2_246_822_519) & (2**32 - 1)
-        return ((mixed ^ (mixed >> 15)) * 2_246_822_519 & (2**32 - 1)) / 2**32
+    chosen: Tensor  # (B, L + T) bool, from timestep -L on
 
     def span(self, memory: Memory) -> Tensor:
-        predicted = super().span(memory)
-        chosen = self.lot(memory.time, samples_of(memory.offsets, len(memory.time))) < self.kept
-        return predicted * 0 + torch.where(chosen, float(self.max_span), 1.0)[:, None]
+        chosen = self.chosen[samples_of(memory.offsets, len(memory.time)), memory.time + self.max_span]  # (N,)
+        return super().span(memory) * 0 + (1 + chosen * (self.max_span - 1.0))[:, None]
 
 
 def mechanism(case: dict[str, Any]) -> Mechanism:
@@ -74,9 +70,9 @@ def mechanism(case: dict[str, Any]) -> Mechanism:
         return AdaptiveSpan(case["heads"], span, ramp, 1e-6, init=case["kept"])
     if case["model"] == "compressive":  # a quarter of the span as it is, the rest pooled by four
         return Compressive(span // 4, span * 3 // 16, 4)
-    chosen = ByLot(case["hidden"], span, ramp, 1e-6, positions=case["block"])
-    chosen.kept = case["kept"]
-    return chosen
+    drawn = ByLot(case["hidden"], span, ramp, 1e-6, positions=case["block"])
+    drawn.register_buffer("chosen", torch.rand(case["batch"], span + case["block"]) < case["kept"])
+    return drawn
 
 
 def full_memory(memory: Mechanism, case: dict[str, Any], device: torch.device) -> Memory:
@@ -84,9 +80,8 @@ def full_memory(memory: Mechanism, case: dict[str, Any], device: torch.device) -
     batch, size = case["batch"], case["hidden"]
     past = torch.arange(-memory.max_span, 0, device=device)
     if isinstance(memory, ByLot):
-        each = torch.arange(batch, device=device)
-        alive = memory.lot(past, each[:, None]) < memory.kept  # (B, L)
-        offsets = torch.cat([each.new_zeros(1), alive.sum(1).cumsum(0)])
+        alive = memory.chosen[:, : memory.max_span]  # (B, L)
+        offsets = torch.cat([past.new_zeros(1), alive.sum(1).cumsum(0)])
         time_ = past.expand(batch, -1)[alive]  # (N,)
         return Memory(torch.randn(len(time_), size, device=device), time_, torch.ones_like(time_), offsets)
     hidden = torch.randn(batch, len(past), size, device=device)
@@ -124,14 +119,17 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
     state |= {"layers": [full_memory(each, case, device) for each in model.mechanisms]}
     tokens = torch.randint(case["vocabulary"], (case["batch"], case["block"]), device=device)
 
+    forward = torch.compile(model, dynamic=True) if case["form"] == "compiled" else model
+
     def step(tokens: Tensor = tokens, state: dict[str, Any] = state) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=case["precision"] == "bfloat16"):
-            scores, _, figures = model(tokens, state)
+            scores, _, figures = forward(tokens, state)
         loss = cross_entropy(scores.float().flatten(0, 1), tokens.flatten()) + figures["span_loss"]
         loss.backward()
         model.zero_grad(set_to_none=True)
 
-    step(tokens[:1], model.initial_state(1))  # loads what is loaded on first use
+    for _ in range(2):
+        step()  # loads and compiles what is loaded and compiled on first use
     give_back()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
     reset_peak_memory(device)
@@ -213,10 +211,11 @@ def resident() -> float:
 
 def fresh(case: dict[str, Any]) -> dict[str, Any]:
     """`measured` in a process of its own, so that no case inherits another's memory."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measured, (case,))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measured, case).result()
 
 
+OURS = ("fused", "compiled")
 COLUMNS = ["model", "form", "span", "survivors", "ms (quartiles)", "tokens/s", "saved MB", "peak MB", "GFLOP/s",
            "of a large product's", "x floor"]  # fmt: skip
 
@@ -225,7 +224,7 @@ def row(found: dict[str, Any]) -> str:
     low, high = found["ms_quartiles"]
     cells = [
         found.get("task") or found["model"],
-        f"fused, {found['kernel']}" if found["form"] == "fused" else found["form"],
+        f"{found['form']}, {found['kernel']}" if found["form"] in OURS else found["form"],
         f"{found['span']:,}",
         f"{found['survivors']:.0f}",
         f"{found['ms']:.1f} ({low:.1f} to {high:.1f})",
@@ -240,13 +239,13 @@ def row(found: dict[str, Any]) -> str:
 
 
 def ratios(found: list[dict[str, Any]]) -> list[str]:
-    """How many times less our fused form takes than the plain definition in the same run."""
+    """How many times less our forms take than the plain definition in the same run."""
     lines = []
     for ours in found:
         for other in found:
             same = all(ours[key] == other[key] for key in ("model", "span", "kept", "batch", "hidden"))
-            if ours["form"] == "fused" and other["form"] == "definition" and same:
-                name = f"{ours['model']}, span {ours['span']:,}, {ours['survivors']:.0f} survivors"
+            if ours["form"] in OURS and other["form"] == "definition" and same:
+                name = f"{ours['model']}, {ours['form']}, span {ours['span']:,}, {ours['survivors']:.0f} survivors"
                 less = [other[key] / ours[key] for key in ("ms", "saved_mb", "peak_mb")]
                 words = ("x less time", "x fewer saved bytes", "x less peak memory")
                 lines.append(", ".join([name, *(f"{each:.2f} {word}" for each, word in zip(less, words, strict=True))]))
@@ -255,7 +254,8 @@ def ratios(found: list[dict[str, Any]]) -> list[str]:
 
 NAMES = {"trans_xl": "Transformer-XL", "expire_span": "Expire-Span", "adaptive_span": "Adaptive-Span"}
 NAMES["compressive"] = "Compressive"
-FORMS = {"fused": "fused", "definition": "plain definition", "sdpa": "torch's own attention, no positions"}
+FORMS = {"fused": "fused", "compiled": "fused and compiled", "definition": "plain definition"}
+FORMS["sdpa"] = "torch's own attention, no positions"
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
@@ -275,7 +275,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
         points.sort(key=lambda each: each["span"])
         spans = [each["span"] for each in points]
         style = {"color": "#d1495b" if name.startswith("Expire") else "#2b6777", "label": name}
-        style |= {"linestyle": dict(zip(FORMS, ("-", ":", "--"), strict=True))[points[0]["form"]]}
+        style |= {"linestyle": dict(zip(FORMS, ("-", "-.", ":", "--"), strict=True))[points[0]["form"]]}
         for axis, key in zip(axes, ("ms", "saved_mb"), strict=True):
             axis.plot(spans, [each[key] for each in points], marker="o", markersize=3, **style)
     for axis, label in zip(axes, ("ms a training step", "MB saved for the backward pass"), strict=True):
@@ -306,7 +306,7 @@ def cases(options: argparse.Namespace) -> list[dict[str, Any]]:
         wanted = [("trans_xl", 1.0), ("adaptive_span", 0.25), ("compressive", 1.0), ("expire_span", 0.25),
                   ("expire_span", 1.0)]  # fmt: skip
         table = [(model, kept, 1024, form) for model, kept in wanted for form in ("fused", "definition")]
-        table.append(("trans_xl", 1.0, 1024, "sdpa"))
+        table += [("trans_xl", 1.0, 1024, "sdpa"), *(("expire_span", kept, 1024, "compiled") for kept in (0.25, 1.0))]
         return [{**common, **sizes, "model": m, "kept": k, "span": s, "form": f} for m, k, s, f in table]
     if options.preset == "span":
         short = [("trans_xl", 1.0, span, form) for span in (1024, 4096, 16384) for form in ("fused", "sdpa")]
@@ -341,7 +341,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("cpu", "span", "table4"), help="cpu: a table; span: a figure")
     parser.add_argument("--model", default="expire_span", help="expire_span, trans_xl, adaptive_span or compressive")
-    parser.add_argument("--forms", nargs="+", default=["fused", "definition"], choices=("fused", "definition", "sdpa"))
+    parser.add_argument("--forms", nargs="+", default=["fused", "definition"], choices=FORMS,
+                        help="compiled: fused, and torch.compile for what is not attention")  # fmt: skip
     parser.add_argument("--span", type=int, nargs="+", default=[1024], help="L, timesteps")
     parser.add_argument("--kept", type=float, nargs="+", default=[0.25], help="share of the memories that survives")
     parser.add_argument("--survivors", type=int, help="instead of --kept: their number, whatever the span")
