@@ -50,6 +50,9 @@ class TransformerConfig:
             raise ValueError(
                 f"transformer.heads must divide transformer.hidden_size, got {self.heads} heads for {self.hidden_size}"
             )
+        for name in ("dropout", "embedding_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"transformer.{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.kernel not in KERNELS:
             raise ValueError(f"transformer.kernel must be one of {', '.join(KERNELS)}, got {self.kernel}")
         if self.embedding_init is not None and not self.embedding_init > 0:
@@ -302,7 +305,7 @@ class Transformer(nn.Module):
 
 
 def summed_up(figures: list[dict[str, Tensor]], memories: list[Memory]) -> dict[str, Any]:
-    """The layers' figures as the model's: the loss summed, sizes and spans meaned, bytes of carried state a stream."""
+    """The layers' figures as the model's: the loss summed, sizes and spans meaned, a stream's bytes but projections."""
     sizes = [each["size"] for each in figures]
     state_bytes = sum(tensor.numel() * tensor.element_size() for memory in memories for tensor in memory[:4])
     return {

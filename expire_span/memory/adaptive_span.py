@@ -33,13 +33,19 @@ class AdaptiveSpan(Mechanism):
         super().__init__(max_span, ramp, positions=max_span if positions is None else positions)
         if not 0 <= init <= 1:
             raise ValueError(f"model.init must lie between 0 and 1 (share of model.max_span), got {init}")
+        if alpha < 0:
+            raise ValueError(f"model.alpha must not be negative, got {alpha}")
         self.alpha = alpha
         self.ratio = nn.Parameter(torch.full((heads,), float(init)))  # (H,)
 
     def span(self, memory: Memory) -> Tensor:
-        with torch.no_grad():
-            self.ratio.clamp_(0, 1)  # before use, not in the graph: outside of [0, 1] a clamp would have no gradient
-        return self.max_span * self.ratio[None, :] + 1  # (1, H)
+        ratio = self.ratio  # (H,)
+        if self.training:
+            with torch.no_grad():
+                ratio.clamp_(0, 1)  # before use, not in the graph: outside of [0, 1] a clamp has no gradient
+        else:
+            ratio = ratio.clamp(0, 1)  # a weight that changes would have all memories projected anew
+        return self.max_span * ratio[None, :] + 1  # (1, H)
 
     def loss(self, span: Tensor, nearest: Tensor, farthest: Tensor, samples: int, block: int) -> Tensor:
         return self.alpha * (span - 1).mean()

@@ -39,6 +39,8 @@ class ExpireSpan(Mechanism):
         super().__init__(max_span, ramp, positions)
         if not 0 < init < 1:
             raise ValueError(f"model.init must lie between 0 and 1 (share of model.max_span), got {init}")
+        if alpha < 0:
+            raise ValueError(f"model.alpha must not be negative, got {alpha}")
         self.alpha, self.pre_div, self.random_drop = alpha, pre_div, random_drop
         self.weight = nn.Parameter(torch.zeros(hidden_size))  # (d,)
         self.bias = nn.Parameter(torch.tensor(math.log(init / (1 - init))))

@@ -44,7 +44,7 @@ def load(folder: Path) -> dict[str, Any] | None:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file provokes
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.warning(f"{path} cannot be read ({why[:100]}); trying the one before it")
+            log.warning(f"{path} cannot be read ({why[:100]})")
     if found:
         raise ValueError(f"no checkpoint in {folder} can be read; remove {' and '.join(map(str, found))} to start anew")
     return None

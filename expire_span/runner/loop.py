@@ -170,6 +170,7 @@ def stop_signal() -> Iterator[threading.Event]:
 
     def stop(number: int, frame: Any) -> None:
         stopped.set()
+        log.warning("stopping once this update is saved; another Ctrl-C stops at once, and saves nothing")
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:

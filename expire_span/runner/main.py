@@ -93,11 +93,19 @@ def resumed(arguments: list[str]) -> list[str]:
     path = run_folder / ".hydra" / "overrides.yaml"
     if not path.exists():
         raise FileNotFoundError(f"resume={run_folder} is not a run folder: it has no .hydra/overrides.yaml")
-    others = [argument for argument in arguments if argument not in given]
-    changed_keys = {each.partition("=")[0] for each in others}
     before = [str(each) for each in OmegaConf.load(path)]
+    new = [each for each in arguments if each not in given and re.match(r"~|[^-][^=]*=", each)]
+    flags = [each for each in arguments if each not in given and each not in new]
+    for each in new:
+        key = each.partition("=")[0]
+        if key in (*GROUPS, "seed") and each not in before:
+            raise ValueError(f"resume=RUN goes on with the run's own {key}; leave {each} away")
+    if not any(each.startswith(("--config-dir", "-cd")) for each in flags):
+        sources = OmegaConf.load(path.with_name("hydra.yaml")).hydra.runtime.config_sources
+        flags += [f"--config-dir={each.path}" for each in sources if each.provider == "command-line"]
+    changed_keys = {each.partition("=")[0] for each in new}
     before = [each for each in before if each.partition("=")[0] not in changed_keys]
-    return [*before, *others, f"hydra.run.dir={run_folder}"]
+    return [*flags, *before, *new, f"hydra.run.dir={run_folder}"]  # Hydra wants all overrides in one piece
 
 
 def main() -> None:
@@ -124,4 +132,5 @@ def end(error: Exception) -> NoReturn:
     message = " ".join(str(error).split())
     if message.startswith("Could not override"):
         message = message.split(". ")[0] + ": there is no such key; `expire-span --cfg job` prints those there are"
+        message += ", +key=value adds one"
     sys.exit(f"error: {message}")

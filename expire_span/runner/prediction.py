@@ -30,10 +30,10 @@ def source(task: Any, config: DictConfig, device: torch.device) -> Stream:
 
 def step(training: "Training", alpha: float) -> tuple[Tensor, dict[str, Any]]:
     """The loss of the next block, and its figures. alpha multiplies the span loss, beyond its own weight."""
-    batch = next_asked(training)
+    batch, number = next_asked(training)
     with precision(training.config, training.device):
         scores, training.state, figures = training.forward(batch.tokens, training.state, batch.reach)
-        losses, best = answered(training.model, scores, batch)  # (n,), (B, T)
+        losses, best = answered(training.model, scores, batch, number)  # (n,), (B, T)
     loss = losses.mean()
     right, asked, _ = judged(best, batch, training.task.answer)
     span_loss = figures.pop("span_loss")
@@ -41,14 +41,20 @@ def step(training: "Training", alpha: float) -> tuple[Tensor, dict[str, Any]]:
     return loss + alpha * span_loss, {"train/loss": loss.detach(), "train/accuracy": accuracy, **figures}
 
 
-def answered(model: Any, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Nats of the targets that are asked for, (n,), and what the model answers everywhere, (B, T)."""
-    asked = batch.targets != IGNORED  # (B, T)
-    return model.output.losses(scores[asked], batch.targets[asked]), model.output.best(scores.detach())
+def answered(model: Any, scores: Tensor, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
+    """Nats of the targets that are asked for, (n,), `number` of them, and what the model answers everywhere, (B, T)."""
+    targets = batch.targets.flatten()
+    rows = (targets != IGNORED).nonzero_static(size=number).squeeze(1)  # (n,): without waiting for the device
+    return model.output.losses(scores.flatten(0, 1)[rows], targets[rows]), model.output.best(scores.detach())
 
 
-def next_asked(training: "Training") -> Batch:
-    """The next block with a target. Those before it only become memories.
+def asked_in(batch: Batch) -> int:
+    """How many targets are asked for."""
+    return int((batch.targets != IGNORED).sum())
+
+
+def next_asked(training: "Training") -> tuple[Batch, int]:
+    """The next block with a target, and how many it has. Those before it only become memories.
 
     Where nothing is asked nothing is learned, and the spans of such a block should not be pulled down either: nothing
     in it could pull them up.
@@ -57,8 +63,8 @@ def next_asked(training: "Training") -> Batch:
         batch = next(training.source)
         training.blocks += 1
         there = to_device(batch, training.device)
-        if (batch.targets != IGNORED).any():
-            return there
+        if number := asked_in(batch):
+            return there, number
         with torch.no_grad(), precision(training.config, training.device):
             _, training.state, _ = training.forward(there.tokens, training.state, there.reach)
 
@@ -73,10 +79,10 @@ def evaluate(model: Any, task: Any, split: str, config: DictConfig, device: torc
     for number, batch in enumerate(task.stream(split, settings.batch, settings.block)):
         if number == settings.blocks:
             break
-        batch = to_device(batch, device)
+        asked, batch = asked_in(batch), to_device(batch, device)
         with precision(config, device):
             scores, state, figures = model(batch.tokens, state, batch.reach)
-            answers.add(*answered(model, scores, batch), batch)
+            answers.add(*answered(model, scores, batch, asked), batch)
         del figures["span_loss"]
         meter.add(figures)
     if not answers.counts[0]:

@@ -57,10 +57,18 @@ class Training:
         checkpoint.save(self.folder, content)
 
     def restore(self) -> bool:
-        """Go on from the folder's checkpoint; False where it has none."""
+        """Go on from the folder's checkpoint; False where it has none.
+
+        Raises ValueError where that would lose or contradict what the folder holds.
+        """
         content = checkpoint.load(self.folder)
         if content is None:
+            if (self.folder / "summary.json").exists():
+                raise ValueError(f"{self.folder} holds a run's results but no checkpoint; use another hydra.run.dir")
             return False
+        if content["update"] > self.config.train.updates:
+            done = f"{self.folder} has done {content['update']} updates"
+            raise ValueError(f"{done}, more than train.updates={self.config.train.updates}")
         refuse_other_alphabet(self.folder, self.task)
         load_weights(self.model, content, self.folder)
         self.optimiser.load_state_dict(content["optimiser"])
@@ -101,4 +109,4 @@ def load_weights(model: torch.nn.Module, content: dict[str, Any], folder: Path) 
         model.load_state_dict(content["model"])
     except RuntimeError as error:
         what = " ".join(str(error).splitlines()[1].split())
-        raise ValueError(f"{folder} holds a checkpoint of another model ({what}); use another hydra.run.dir") from None
+        raise ValueError(f"{folder} holds a checkpoint of another model ({what})") from None

@@ -1,3 +1,4 @@
+from copy import deepcopy
 from itertools import islice
 
 import pytest
@@ -6,18 +7,21 @@ from omegaconf import OmegaConf
 from tiny import tiny
 from tolerance import assert_equal
 
-from expire_span import ExpireSpan, Transformer, TransformerConfig
+from expire_span import AdaptiveSpan, ExpireSpan, Transformer, TransformerConfig, TransXL
 from expire_span.runner import generate
 from expire_span.runner.loop import train
 
 TEXT = "".join(f"{number} bottles of beer on the wall, {number} bottles of beer.\n" for number in range(300))
 
 
+def model_of(memory, vocabulary=11):
+    torch.manual_seed(0)
+    return Transformer(TransformerConfig(vocabulary, 12, 3, 20), memory).double().eval()
+
+
 def forgetful(vocabulary=11, positions=8):
     """A float64 model whose memories live for 0 to 24 timesteps."""
-    torch.manual_seed(0)
-    memory = [ExpireSpan(12, 24, 4.0, 0.1, positions, init=0.4) for _ in range(2)]
-    model = Transformer(TransformerConfig(vocabulary, 12, 3, 20), memory).double().eval()
+    model = model_of([ExpireSpan(12, 24, 4.0, 0.1, positions, init=0.4) for _ in range(2)], vocabulary)
     for mechanism in model.mechanisms:
         torch.nn.init.normal_(mechanism.weight, std=2.0)
     return model
@@ -40,8 +44,9 @@ def test_what_is_written_token_by_token_has_the_probabilities_of_the_whole_text_
     assert 0 < len(state["layers"][0].time) < 60  # most were forgotten on the way
 
 
-def test_every_memory_is_projected_once_however_long_the_text(monkeypatch):
-    model = forgetful()
+@pytest.mark.parametrize("memory", [ExpireSpan(12, 24, 4.0, 0.1, 8), AdaptiveSpan(3, 24, 4.0, 0.1, 0.5), TransXL(24)])
+def test_every_memory_is_projected_once_however_long_the_text(memory):
+    model = model_of([memory, deepcopy(memory)])
     rows = []
     for layer in model.layers:
         layer.attention.key.register_forward_hook(lambda module, given, out: rows.append(given[0].shape[0]))

@@ -5,7 +5,7 @@ import torch
 
 from expire_span import Transformer, TransformerConfig, TransXL
 from expire_span.runner.measures import Answers, judged
-from expire_span.runner.prediction import answered
+from expire_span.runner.prediction import answered, asked_in
 from expire_span.tasks.stream import Batch
 
 #        line 0        line 1  line 2: it goes on when the text ends
@@ -76,5 +76,5 @@ def test_right_are_the_lines_that_the_model_itself_writes():
             part = slice(start, start + 6)
             batch = Batch(tokens[:, part], targets[:, part], None, torch.ones_like(line[:, part]), line[:, part])
             scores, state, _ = model(batch.tokens, state, None)
-            answers.add(*answered(model, scores, batch), batch)
+            answers.add(*answered(model, scores, batch, asked_in(batch)), batch)
         assert answers.figures("accuracy", 1.0)["accuracy"] == accuracy

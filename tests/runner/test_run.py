@@ -302,6 +302,41 @@ def test_a_killed_run_resumes_from_the_command_line_to_the_same_losses(tmp_path)
     assert ours == theirs
 
 
+def test_a_run_with_files_of_ones_own_goes_on_with_them_and_flags_may_be_given(tmp_path):
+    (tmp_path / "mine/task").mkdir(parents=True)
+    text = (Path(console.__file__).parents[2] / "conf/task/copy.yaml").read_text()
+    (tmp_path / "mine/task/mine.yaml").write_text(text)
+    overrides = ["task=mine", "memory.max_span=32", *SHRUNK, *TASKS["copy"], "train.updates=2"]
+    first = command("--config-dir", str(tmp_path / "mine"), *overrides, folder=tmp_path / "run")
+    assert first.returncode == 0, first.stderr
+    for given, number in ((["train.updates=3"], 3), (["--config-dir", str(tmp_path / "mine"), "train.updates=4"], 4)):
+        resumed = command(f"resume={tmp_path / 'run'}", *given, folder=tmp_path / "run")
+        assert resumed.returncode == 0, resumed.stderr
+        assert checkpoint.load(tmp_path / "run")["update"] == number
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("train.updates=1", "has done 2 updates"), ("seed=7", "leave seed=7 away"), ("model=trans_xl", "leave model=")],
+)
+def test_what_would_contradict_a_run_is_not_gone_on_with(change, words, tmp_path):
+    overrides = ["memory.max_span=32", *SHRUNK, *TASKS["copy"], "train.updates=2"]
+    assert command(*overrides, folder=tmp_path / "run").returncode == 0
+    before = (tmp_path / "run/summary.json").read_text()
+    result = command(f"resume={tmp_path / 'run'}", change, folder=tmp_path / "run")
+    assert result.returncode == 1
+    assert words in result.stderr
+    assert (tmp_path / "run/summary.json").read_text() == before
+
+
+def test_results_without_a_checkpoint_are_not_written_over(folder):
+    train(tiny(), folder)
+    for name in checkpoint.NAMES:
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="results but no checkpoint"):
+        train(tiny(), folder)
+
+
 def wait_for(path: Path, lines: int) -> None:
     deadline = time.time() + 60
     while not path.exists() or len(path.read_text().splitlines()) < lines:
