@@ -13,6 +13,11 @@ def at_least_float32(scores: Tensor) -> Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
+def exact(like: Tensor) -> torch.autocast:
+    """Without autocast, whose mixed numbers torch's adaptive softmax does not take."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 class Softmax(nn.Linear):
     """A score for every class: (..., d) -> (..., classes)."""
 
@@ -52,15 +57,18 @@ class AdaptiveSoftmax(nn.Module):
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Nats of each target: hidden (n, d), targets (n,) -> (n,)."""
-        return -self.softmax(hidden, targets).output
+        with exact(hidden):
+            return -self.softmax(at_least_float32(hidden), targets).output
 
     def log_p(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., vocabulary): the logarithm of each word's probability."""
-        return self.softmax.log_prob(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
+        with exact(hidden):
+            return self.softmax.log_prob(at_least_float32(hidden.flatten(0, -2))).unflatten(0, hidden.shape[:-1])
 
     def best(self, hidden: Tensor) -> Tensor:
         """The most probable word: (..., d) -> (...)."""
-        return self.softmax.predict(hidden.flatten(0, -2)).view(hidden.shape[:-1])
+        with exact(hidden):
+            return self.softmax.predict(at_least_float32(hidden.flatten(0, -2))).view(hidden.shape[:-1])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(...) -> (..., d), of the size that LayerNorm leaves behind."""
@@ -73,5 +81,5 @@ class AdaptiveSoftmax(nn.Module):
             else:
                 project, words = cast(Sequence[nn.Linear], self.softmax.tail[number - 1])
                 rows = embedding(tokens[inside] - low, words.weight) @ project.weight  # (n, small) @ (small, d)
-            embedded = embedded.masked_scatter(inside[..., None], rows)
+            embedded = embedded.masked_scatter(inside[..., None], rows.to(embedded.dtype))
         return embedded * size**0.5

@@ -253,9 +253,9 @@ class Transformer(nn.Module):
         """Whether each memory's keys, values and span are made once, when it enters: so while no weight changes."""
         return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
-    def weights_version(self) -> int:
-        """Another number after every change of the weights."""
-        return sum(parameter._version for parameter in self.parameters()) if self.remembers_projections else -1
+    def weights_version(self) -> list[tuple[int, int]]:
+        """Others for other weights. A change in place by `.data` or a fused optimiser is not seen."""
+        return [(each.data_ptr(), each._version) for each in self.parameters()] if self.remembers_projections else []
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T, d), of tokens (B, T), of F fields a timestep (B, T, F), or of floating bags (B, T, vocabulary)."""
@@ -284,7 +284,7 @@ class Transformer(nn.Module):
             reach = limit.expand(samples, block) if reach is None else torch.minimum(reach, limit)
 
         version, memories = self.weights_version(), state["layers"]
-        if not self.remembers_projections or state.get("weights", -1) != version:  # their keys and values are not true
+        if not self.remembers_projections or state.get("weights") != version:  # their keys and values are not true
             memories = [memory._replace(projected=None) for memory in memories]
         entries, kept, figures = [], [], []
         for layer, memory in zip(self.layers, memories, strict=True):

@@ -77,3 +77,14 @@ def test_plain_losses_are_cross_entropy_in_at_least_float32():
 def test_cutoffs_that_cannot_be_are_refused(cutoffs):
     with pytest.raises(ValueError, match="transformer.cutoffs must rise"):
         AdaptiveSoftmax(hidden_size=16, vocabulary=30, cutoffs=cutoffs)
+
+
+def test_bfloat16_goes_through_cutoffs():
+    config = TransformerConfig(vocabulary=40, hidden_size=16, heads=2, feedforward_size=32, cutoffs=[10, 20])
+    model = Transformer(config, [TransXL(8)])
+    tokens = torch.arange(40).view(2, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, _, _ = model(tokens, model.initial_state(2))
+        loss = model.output.losses(hidden.flatten(0, 1), tokens.flatten()).mean()
+    loss.backward()
+    assert loss.isfinite()

@@ -108,9 +108,11 @@ def _(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, age: Tensor, s
 
 @attention_backward.register_fake
 def _(gradient: Tensor, out: Tensor, lse: Tensor, query, key, value, offsets, age, span, ramp, position, *rest: Any):
-    bias, needs = rest[2], rest[-1]
-    wanted = (query, key, value, span, position, bias)
-    return [torch.empty_like(like) if need else query.new_empty(0) for like, need in zip(wanted, needs, strict=True)]
+    samples, heads, block, size = query.shape
+    of_query = query.new_empty(samples, block, heads, size).transpose(1, 2)
+    of_others = [None if each is None else each.new_empty(each.shape) for each in (key, value, span, position, rest[2])]
+    given = zip((of_query, *of_others), rest[-1], strict=True)
+    return [each if need and each is not None else query.new_empty(0) for each, need in given]
 
 
 def setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

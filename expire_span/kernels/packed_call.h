@@ -55,7 +55,7 @@ struct Call {
       const int64_t needed = std::max<int64_t>(1, age.max().item<int64_t>() + block());  // no key is farther
       farthest = std::min(needed, rows ? rows->size(0) : position->size(0));
       const int64_t nearest = rows ? rows->data_ptr<int64_t>()[farthest - 1] + 1 : farthest;  // rows of the table
-      table = position->narrow(0, 0, nearest).to(kind).flip(0);
+      table = position->narrow(0, 0, nearest).to(kind).flip(0).contiguous();
     }
   }
 
@@ -79,7 +79,9 @@ struct Call {
   // How many tasks are worth a thread of their own.
   int64_t grain() const { return 1 + WORTH / (1 + key.size(0) * block() * size() / query.size(0)); }
   // Not fewer than queries: their position terms are those of as many distances as there are keys and queries.
-  int64_t keys_at_once() const { return std::max({LEAST, SCORES / block() / LEAST * LEAST, block() / LEAST * LEAST}); }
+  int64_t keys_at_once() const {
+    return std::max({LEAST, SCORES / std::max<int64_t>(1, block()) / LEAST * LEAST, block() / LEAST * LEAST});
+  }
 
   // What would be read beyond its end is refused.
   void check() const {

@@ -234,12 +234,12 @@ std::vector<Tensor> backward(
 
   Tensor of_position, of_bias;
   if (position) {
-    of_position = at::zeros_like(*position);
+    of_position = at::zeros(position->sizes(), position->options());
     if (call.table) of_position.narrow(0, 0, call.table->size(0)).copy_(grad.table.sum(0).flip(0));
   }
-  if (bias) of_bias = grad.bias.t().sum_to_size(bias->sizes()).to(bias->scalar_type());
+  if (bias) of_bias = grad.bias.t().sum_to_size(bias->sizes()).to(bias->scalar_type()).contiguous();
   return {(grad.query / std::sqrt(query.size(3))).to(query.scalar_type()), grad.key.to(key.scalar_type()),
-          grad.value.to(value.scalar_type()), grad.span.t().sum_to_size(span.sizes()).to(span.scalar_type()),
+          grad.value.to(value.scalar_type()), grad.span.t().sum_to_size(span.sizes()).to(span.scalar_type()).contiguous(),
           of_position, of_bias};
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCES = [Path(__file__).with_name(name) for name in ("packed_cpp.cpp", "packed_call.h", "matrix.h")]
+SOURCES = [Path(__file__).with_suffix(".cpp"), *sorted(Path(__file__).parent.glob("*.h"))]
 FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 AVX2 = ["-mavx2", "-mfma"]
 VECTORS = {"AVX2": AVX2, "AVX512": [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]}  # by torch's names

@@ -39,7 +39,7 @@ class AdaptiveSpan(Mechanism):
         self.ratio = nn.Parameter(torch.full((heads,), float(init)))  # (H,)
 
     def span(self, memory: Memory) -> Tensor:
-        ratio = self.ratio  # (H,)
+        ratio: Tensor = self.ratio  # (H,)
         if self.training:
             with torch.no_grad():
                 ratio.clamp_(0, 1)  # before use, not in the graph: outside of [0, 1] a clamp has no gradient

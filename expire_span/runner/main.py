@@ -105,7 +105,7 @@ def resumed(arguments: list[str]) -> list[str]:
         flags += [f"--config-dir={each.path}" for each in sources if each.provider == "command-line"]
     changed_keys = {each.partition("=")[0] for each in new}
     before = [each for each in before if each.partition("=")[0] not in changed_keys]
-    return [*flags, *before, *new, f"hydra.run.dir={run_folder}"]  # Hydra wants all overrides in one piece
+    return [*flags, *before, *new, f"hydra.run.dir='{run_folder}'"]  # Hydra wants all overrides in one piece
 
 
 def main() -> None:

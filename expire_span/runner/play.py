@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between timesteps")
     options = parser.parse_args()
     try:
+        if options.steps < 1 or options.pause < 0 or options.seed < 0:
+            raise ValueError("--steps must be at least 1, --pause and --seed must not be negative")
         run = open_run(options.run, checked(saved_config(options.run)))
         if not hasattr(run.task, "worlds"):
             raise ValueError(f"{options.run} is of a task without worlds; expire-span-play shows corridor and portal")

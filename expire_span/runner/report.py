@@ -93,7 +93,7 @@ def _load(folder: Path) -> Run:
     summary: dict[str, Any] = {}
     try:
         if not (folder / "summary.json").exists():
-            raise ValueError(f"no summary.json: killed or still running{_last_update(folder)}")
+            raise ValueError(f"no summary.json: stopped, failed or still running{_last_update(folder)}")
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if missing := {"task", "model", "figures", "protocol"} - summary.keys():
             raise ValueError(f"summary.json lacks {', '.join(sorted(missing))}")

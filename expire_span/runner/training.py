@@ -71,7 +71,10 @@ class Training:
             raise ValueError(f"{done}, more than train.updates={self.config.train.updates}")
         refuse_other_alphabet(self.folder, self.task)
         load_weights(self.model, content, self.folder)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimiser.param_groups]
         self.optimiser.load_state_dict(content["optimiser"])
+        for group, own in zip(self.optimiser.param_groups, settings, strict=True):
+            group.update(own)  # what the config says now, not when it was saved
         self.source.load_state_dict(content["source"])
         if content["task"]:
             self.task.load_state_dict(content["task"])

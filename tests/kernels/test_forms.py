@@ -1,8 +1,12 @@
 """The forms for a CPU against the definition: values, gradients, what they keep, and where C++ is not to be had."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from tolerance import assert_equal
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from expire_span import attention, packed_span_attention
 from expire_span.kernels import operator, packed_cpp
@@ -270,3 +274,39 @@ def test_what_would_be_read_beyond_its_end_is_refused(wrong, says):
     inputs, fixed = drawn((4, 9))
     with pytest.raises(RuntimeError, match=says):
         packed_span_attention(**inputs, **fixed | wrong, kernel="cpp")
+
+
+def test_a_table_of_positions_may_lie_in_any_order(kernel):
+    inputs, fixed = drawn((4, 9), positions=6)
+    inputs["position"] = torch.randn(4, 6, dtype=torch.double).T.requires_grad_()
+    assert_same(inputs, fixed, kernel)
+
+
+def test_a_block_without_queries_gives_none(kernel):
+    inputs, fixed = drawn((4, 9))
+    inputs["query"] = inputs["query"].detach()[:, :, :0]
+    assert packed_span_attention(**inputs, **fixed, kernel=kernel).shape == (2, 3, 0, 4)
+
+
+def test_every_source_decides_whether_it_is_compiled_anew():
+    folder = Path(packed_cpp.__file__).parent
+    included = {name for path in packed_cpp.SOURCES for name in re.findall(r'#include "(.+)"', path.read_text())}
+    assert included == {path.name for path in packed_cpp.SOURCES[1:]}
+    assert all((folder / name).exists() for name in included)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_compiled_gradients_lie_where_they_are_said_to(shared):
+    if not packed_cpp.available():
+        pytest.skip("no C++ compiler")
+    inputs, fixed = drawn((4, 9), shared=shared)
+    query, key, value, span, bias, position = (each.detach() for each in inputs.values())
+    rest = [fixed["offsets"][None], fixed["age"], span, 5.0, position.T.contiguous().T, None, None, bias, fixed["born"]]
+    given = [query, key, value, *rest, 0.0, 0, "cpp"]
+    out, lse = torch.ops.expire_span.attention(*given)
+    given = [out, out, lse, *given, [True] * 6]
+    ours = torch.ops.expire_span.attention_backward(*given)
+    with FakeTensorMode() as mode:
+        said = [mode.from_tensor(each) if isinstance(each, torch.Tensor) else each for each in given]
+        theirs = torch.ops.expire_span.attention_backward(*said)
+    assert [(each.shape, each.stride()) for each in ours] == [(each.shape, each.stride()) for each in theirs]

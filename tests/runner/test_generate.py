@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from tiny import tiny
 from tolerance import assert_equal
 
-from expire_span import AdaptiveSpan, ExpireSpan, Transformer, TransformerConfig, TransXL
+from expire_span import AdaptiveSpan, Compressive, ExpireSpan, Transformer, TransformerConfig, TransXL
 from expire_span.runner import generate
 from expire_span.runner.loop import train
 
@@ -63,6 +63,32 @@ def test_weights_that_change_are_noticed_and_memories_projected_anew():
         fresh = {**state, "layers": [memory._replace(projected=None) for memory in state["layers"]]}
         ours, theirs = (model(text[:, :4], each)[0] for each in (state, fresh))
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("change", ["data", "another model", "assign"])
+def test_weights_that_are_others_are_noticed_too(change):
+    model, other = forgetful(), forgetful()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.5)
+    text = torch.randint(11, (1, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        _, state, _ = model(text, model.initial_state(1))
+        if change == "data":
+            for parameter, theirs in zip(model.parameters(), other.parameters(), strict=True):
+                parameter.data = theirs.data.clone()
+        elif change == "assign":
+            model.load_state_dict(other.state_dict(), assign=True)
+        else:
+            model = other
+        fresh = {**state, "layers": [memory._replace(projected=None) for memory in state["layers"]]}
+        ours, theirs = (model(text[:, :4], each)[0] for each in (state, fresh))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_prompt_longer_than_a_span_is_read_by_every_model():
+    model = model_of([Compressive(12, 4, 2) for _ in range(2)])
+    assert len(tokens_of(model, [1] * 40, 3)) == 3
 
 
 def test_memory_stays_flat_while_the_text_grows():

@@ -56,3 +56,10 @@ def test_the_command_prints_frames_up_to_the_number_asked_for(run, monkeypatch, 
     monkeypatch.setattr("sys.argv", ["expire-span-play", str(run[0]), "--steps", "4"])
     play.main()
     assert capsys.readouterr().out.count("expects a return of") == 4
+
+
+@pytest.mark.parametrize("option", ["--steps=0", "--pause=-1", "--seed=-1"])
+def test_options_without_a_meaning_end_with_one_line(run, option, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["expire-span-play", str(run[0]), option])
+    with pytest.raises(SystemExit, match=f"error: .*{option.partition('=')[0]}"):
+        play.main()

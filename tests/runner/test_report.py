@@ -170,7 +170,7 @@ def test_unfinished_and_broken_runs_are_listed_with_the_reason(tmp_path):
     listed = dict(line.removeprefix(f"- {tmp_path}/").split(": ", 1) for line in text.splitlines() if line[:2] == "- ")
     assert listed.keys() == {"stopped", "killed", "cut", "old", "odd", "text"}
     assert listed["stopped"] == "unfinished, last logged update 40"
-    assert listed["killed"] == "no summary.json: killed or still running, nothing logged"
+    assert listed["killed"] == "no summary.json: stopped, failed or still running, nothing logged"
     assert listed["old"] == "summary.json lacks figures, model, protocol"
     assert "JSONDecodeError" in listed["cut"]
 

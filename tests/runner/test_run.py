@@ -329,6 +329,21 @@ def test_what_would_contradict_a_run_is_not_gone_on_with(change, words, tmp_path
     assert (tmp_path / "run/summary.json").read_text() == before
 
 
+def test_going_on_takes_the_optimisers_settings_of_now(folder):
+    train(tiny(), folder)
+    training = Training(tiny("train.updates=8", "optimiser.lr=0.5"), folder)
+    assert training.restore()
+    assert max(group["full_lr"] for group in training.optimiser.param_groups) == 0.5
+
+
+def test_a_folder_with_signs_in_its_name_can_be_gone_on_with(tmp_path):
+    folder, overrides = tmp_path / "lr=1,x", ["memory.max_span=32", *SHRUNK, *TASKS["copy"], "train.updates=2"]
+    assert command(*overrides, folder=f"'{folder}'").returncode == 0
+    arguments = [sys.executable, "-m", "expire_span", f"resume={folder}", "train.updates=3"]
+    subprocess.run(arguments, check=True, capture_output=True, timeout=120)
+    assert checkpoint.load(folder)["update"] == 3
+
+
 def test_results_without_a_checkpoint_are_not_written_over(folder):
     train(tiny(), folder)
     for name in checkpoint.NAMES:
