@@ -132,5 +132,5 @@ def end(error: Exception) -> NoReturn:
     message = " ".join(str(error).split())
     if message.startswith("Could not override"):
         message = message.split(". ")[0] + ": there is no such key; `expire-span --cfg job` prints those there are"
-        message += ", +key=value adds one"
+        message += ", ++key=value sets one of another task or optimiser, as in a sweep"
     sys.exit(f"error: {message}")

@@ -54,9 +54,20 @@ def test_every_task_composes_at_every_size(task, size):
 def test_every_experiment_takes_two_steps_when_shrunk(experiment, tmp_path, text):
     full = checked(composed(f"experiment={experiment}"))
     task = full.task["_target_"].split(".")[-2]
-    task = "text" if task == "enwik8" else task  # bytes too, without the download
+    task = task if task in TASKS else "text"  # without the download
     smaller = ["model.max_span=32", "model.compressed=4"] if "compressed" in full.model else []
     steps(tiny(f"experiment={experiment}", "train.updates=2", *smaller, task=task, text=text), tmp_path / "run")
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_tells_its_command_and_the_paper_s_figure(experiment):
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    assert f"\n# expire-span experiment={experiment}     (paper: " in text
+
+
+def test_the_rows_of_every_table_are_there():
+    rows = {table: sum(each.startswith(f"table{table}_") for each in options("experiment")) for table in range(1, 7)}
+    assert rows == {1: 3, 2: 2, 3: 6, 4: 8, 5: 1, 6: 4}  # of table 4; its three of collision are table 3's
 
 
 def keys(node, prefix=""):

@@ -41,7 +41,13 @@ TASKS = {  # smaller data for each
     ],
     "corridor": ["task.longest=8"],
     "portal": ["task.rooms=3", "task.first_rooms=2", "task.time_limit=30"],
-    "instruction": ["task.rooms=2", "task.distractors=2", "task.first_distractors=1", "evaluation.blocks=32"],
+    "instruction": [
+        "task.chatter=null",
+        "task.rooms=2",
+        "task.distractors=2",
+        "task.first_distractors=1",
+        "evaluation.blocks=32",
+    ],
     "collision_easy": [
         "task.grid=4",
         "task.timesteps=4096",
