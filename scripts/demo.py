@@ -17,7 +17,11 @@ from expire_span.analysis import spans_over_time
 from expire_span.runner.report import Run, load_runs
 from expire_span.runner.saved import open_run, saved_config
 
-COLOURS = {"Expire-Span": "#d1495b", "Transformer-XL, same memory": "#8d99ae", "Transformer-XL, all": "#2b6777"}
+LINES: dict[str, dict] = {  # the last one wide and pale, so that what lies on it is seen
+    "Expire-Span": {"color": "#d1495b", "zorder": 3},
+    "Transformer-XL, same memory": {"color": "#8d99ae"},
+    "Transformer-XL, all": {"color": "#2b6777", "linewidth": 6, "markersize": 12, "alpha": 0.4},
+}
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
@@ -61,11 +65,11 @@ def draw(folder: Path, runs: dict[str, Run]) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    for (name, run), line in zip(runs.items(), ("o-", "o-", "o:"), strict=True):
+    for name, run in runs.items():
         bins = {key: value for key, value in run.figures.items() if key.startswith("test/accuracy_distance_")}
         far = [int(key.split("_")[-1]) for key in bins]
         memories = f"{run.figures['test/memory/size']:.0f} memories"
-        left.plot(far, [100 * value for value in bins.values()], line, color=COLOURS[name], label=f"{name}: {memories}")
+        left.plot(far, [100 * each for each in bins.values()], "o-", label=f"{name}: {memories}", **LINES[name])
     left.axhline(25, color="grey", linestyle=":", linewidth=1)
     left.text(13, 27, "guessing", color="grey", fontsize=8)
     left.set(xscale="log", xlim=(12, 1.2 * far[-1]), ylim=(0, 104), title="Who remembers how far")
@@ -119,7 +123,7 @@ def main() -> None:
     wait([everything, third], folder, said)
 
     found = load_runs([folder / name for name in ("expire_span", "trans_xl_same", "trans_xl_all")])
-    runs = dict(zip(COLOURS, found, strict=True))
+    runs = dict(zip(LINES, found, strict=True))
     text = small_table(runs)
     (folder / "table.md").write_text(text)
     draw(folder, runs)

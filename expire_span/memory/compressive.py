@@ -17,6 +17,8 @@ class Compressive(Mechanism):
     """max_span: L, timesteps; compressed: C, pooled memories; rate: c, states pooled into one. All distances are told.
 
     Blocks may have any length, which changes no output, but not more than the L timesteps that are pooled only later.
+    Where episodes are told apart by their reach, no group is seen that holds an earlier episode's states; nor is one
+    that begins with its episode, as its distance is one more than that of its oldest state.
     """
 
     def __init__(self, max_span: int, compressed: int, rate: int = 4):

@@ -93,7 +93,8 @@ def write(model: Transformer, task: object, options: argparse.Namespace) -> None
             before = now
         if number == options.tokens:
             break
-    print(f"[{options.tokens / (time.perf_counter() - began):.0f} tokens/s]", file=sys.stderr)
+    if options.tokens > REPORT:
+        print(f"[{options.tokens / (time.perf_counter() - began):.0f} tokens/s in all]", file=sys.stderr)
 
 
 if __name__ == "__main__":

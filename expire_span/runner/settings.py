@@ -168,6 +168,8 @@ def compare(config: DictConfig, name: str, schema: type) -> None:
         if str(error.full_key) not in {each.name for each in fields(schema)}:
             known = ", ".join(each.name for each in fields(schema))
             raise ValueError(f"{key} is not known; {name or 'beside the sections it'} takes: {known}") from None
+        if "is not a ListConfig" in first_line(error):
+            raise ValueError(f"{key} must be a list, as in {key}=[{section.get(error.full_key)}]") from None
         raise ValueError(f"{key}: {first_line(error)}") from None
     missing = sorted(OmegaConf.missing_keys(filled))
     if missing:
@@ -179,7 +181,8 @@ def signature_schema(name: str, section: Any) -> type:
     try:
         target = get_class(section["_target_"])
     except Exception:
-        raise ValueError(f"{name}._target_ must name a class that can be imported, got {name}={section}") from None
+        given = section.get("_target_") if isinstance(section, DictConfig) else section
+        raise ValueError(f"{name}._target_ must name a class that can be imported, got {given}") from None
     hints = get_type_hints(target.__init__)  # type: ignore[misc]
     parameters = inspect.signature(target).parameters
     arguments = {key: (hints.get(key, Any), each.default) for key, each in parameters.items() if key != "params"}
