@@ -33,7 +33,7 @@ from .stream import SPLITS, Batch
 MOVE = 0.5  # chance a turn
 UNHEARD = 50  # no utterance comes again among so many
 GROWTH = 1.5  # of the distractors, from stage to stage
-TRIAL = 10_000  # rounds, at most, in which it is found out how often there is talk before an instruction is executed
+TRIAL = 15_000  # rounds in which it is found out how often there is talk before an instruction is executed
 
 VIEWER, GOES, HERE = "You are the {}.", "You go towards the {}.", "The {} is here."
 ARRIVES, LEAVES = "The {} arrives.", "The {} leaves towards the {}."
@@ -96,7 +96,7 @@ class Instruction:
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         self.map = build_map(world, rooms, agents)
-        self.seed, self.distractors, self.bar, self.evaluation_words = seed, distractors, bar, evaluation_words
+        self.distractors, self.bar, self.evaluation_words = distractors, bar, evaluation_words
         self.ask = ask
         self.waiting = len(self.map.agents) if waiting is None else waiting
         self.stage = first_distractors  # mean number of distractors in training from now on
@@ -112,14 +112,11 @@ class Instruction:
         self.tokens = {word: token for token, word in enumerate(self.words)}
         self.encode = cache(self.encoded)  # the frames with their names: a few thousand lines
         self.utterances = {split: [self.encoded(text) for text in utterances] for split, utterances in texts.items()}
-        trial = World(self, "train", 0)
-        for _ in range(TRIAL):
-            trial.turns(0.0)
-            if trial.executed == 200:
-                break
-        if not trial.talks_between:
-            raise ValueError(f"task.world={world}: after {TRIAL:,} rounds no instruction is executed after any talk")
-        self.talks = trial.talks_between / trial.executed  # opportunities between an instruction and its execution
+        self.seed = 0  # so that the talk is as much for every seed
+        self.talks = talks_between(World(self, "train", 0))  # chances to talk between instruction and execution
+        if not self.talks:
+            raise ValueError(f"task.world={world}: in {TRIAL:,} rounds no instruction is executed after any talk")
+        self.seed = seed
 
     def encoded(self, text: str) -> list[int]:
         return [self.tokens.get(word, 0) for word in split_words(text)]
@@ -137,6 +134,19 @@ class Instruction:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stage = state["stage"]
+
+
+def talks_between(world: "World") -> float:
+    """Mean number of chances to talk between an instruction and its execution; 0 if there are none.
+
+    What is executed first did not wait long: a first part of the rounds is left out.
+    """
+    before = (0, 0)
+    for number in range(TRIAL + TRIAL // 8):
+        if number == TRIAL // 8:
+            before = world.talks_between, world.executed
+        world.turns(0.0)
+    return (world.talks_between - before[0]) / max(1, world.executed - before[1])
 
 
 class World:

@@ -5,7 +5,8 @@ Its beginning is for training, its end for testing, and what lies between for va
     | train (1 - valid - test)                                      | valid | test |
 
 Scored is every token but a part's first, in bits per byte of UTF-8, whatever the unit: so figures can be compared. By
-characters, bits per character are told beside.
+characters, bits per character are told beside; bits per byte are these by the bytes a character has in the whole part,
+also where `evaluation.blocks` is but some of it.
 """
 
 import gzip

@@ -3,10 +3,12 @@
     advantage A_t = sum over k of (discount trace)^k (r + discount V - V)_{t+k}, within the episode
     loss = - min(ratio A, clamp(ratio, 1 - c, 1 + c) A) + value (V - (A + V_then))^2 / 2 - entropy H
 
-With one epoch the ratio is 1, and this is plain actor-critic; with more, each block is learned from again (PPO).
+With one epoch, and nothing dropped, the ratio is 1, and this is plain actor-critic; with more, each block is learned
+from again (PPO). An episode's end by the time limit is an end like any other (c).
 A model's outputs are the moves' scores, then the value; memories of earlier episodes are out of reach.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,9 +44,11 @@ class Acting:
 
 
 def source(task: Any, config: DictConfig, device: torch.device, part: str = "train") -> Acting:
-    """Raises ValueError where evaluation would have no end."""
+    """Raises ValueError where evaluation would have no end, or an update would learn from a block more than once."""
     if config.evaluation.blocks is None:
         raise ValueError("evaluation.blocks must be a number, since worlds have no end; got null")
+    if config.train.accumulate > 1 and config.actor_critic.epochs > 1:
+        raise ValueError("train.accumulate must be 1 where actor_critic.epochs is more: use a larger train.batch")
     worlds = task.worlds(config.train.batch if part == "train" else config.evaluation.batch, device, split=part)
     return Acting(worlds, torch.Generator(device).manual_seed(config.seed))
 
@@ -57,12 +61,20 @@ def split(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def act(
-    model: Any, state: State, acting: Acting, timesteps: int, by_distance: ByDistance | None = None
+    model: Any,
+    state: State,
+    acting: Acting,
+    timesteps: int,
+    until: float = math.inf,
+    by_distance: ByDistance | None = None,
 ) -> tuple[dict[str, Tensor], State, Figures]:
-    """Acts one timestep at a time. Returns the block, the memories after it, and figures, see `per_episode`."""
+    """Acts one timestep at a time. Returns the block, the memories after it, and figures, see `per_episode`.
+
+    Episodes count when they end, but those that began `until` timesteps after this call or later.
+    """
     worlds, rows, sums = acting.worlds, [], Meter()
     model.eval()
-    for _ in range(timesteps):
+    for timestep in range(timesteps):
         seen = {"observation": worlds.observe(), "reach": worlds.steps}
         scores, state, about_memory = model(seen["observation"][:, None], state, seen["reach"][:, None])
         moves, value = split(scores[:, 0])  # (B, actions), (B,)
@@ -70,10 +82,11 @@ def act(
         reward, done = worlds.step(action[:, 0])
         chosen = {"action": action[:, 0], "log_p": moves.gather(1, action)[:, 0], "value": value}
         rows.append({**seen, **chosen, "reward": reward, "done": done})
-        sums.add({f"rl/{name}": (figure.float() * done).sum() for name, figure in worlds.ended.items()})
-        sums.add({"rl/episodes": done.float().sum(), **about_memory})
+        counted = done & (timestep + 1 - worlds.ended["length"] < until)
+        sums.add({f"rl/{name}": (figure.float() * counted).sum() for name, figure in worlds.ended.items()})
+        sums.add({"rl/episodes": counted.float().sum(), **about_memory})
         if by_distance and "distance" in worlds.ended:
-            by_distance.add(worlds.ended["success"], done, worlds.ended["distance"])
+            by_distance.add(worlds.ended["success"], counted, worlds.ended["distance"])
     block = {name: torch.stack([row[name] for row in rows], 1) for name in rows[0]}  # (B, T, ...)
     scores, _, _ = model(worlds.observe()[:, None], state, worlds.steps[:, None])
     block["next_value"] = split(scores[:, 0])[1]  # (B,)
@@ -145,17 +158,20 @@ def per_episode(means: Figures) -> Figures:
 
 @torch.no_grad()
 def evaluate(model: Any, task: Any, part: str, config: DictConfig, device: torch.device) -> Figures:
-    """Acts `evaluation.blocks` blocks, as in training, in worlds of the split's own, from their first episodes on.
+    """Acts as in training, in worlds of the split's own: the episodes that begin in `evaluation.blocks` blocks count.
 
-    Where the worlds know how far back it lies what an episode asks for, success is told by that, too.
+    All of them are acted to their ends, else the short ones, which are the failed ones or the easy ones, would count
+    more. Where the worlds know how far back it lies what an episode asks for, success is told by that, too.
     """
     acting, state, meter = source(task, config, device, part), model.initial_state(config.evaluation.batch), Meter()
-    by_distance = ByDistance(device)
-    for _ in range(config.evaluation.blocks):
+    by_distance, block = ByDistance(device), config.evaluation.block
+    left = config.evaluation.blocks * block  # timesteps in which episodes may begin that count
+    while left > 0 or (acting.worlds.steps > -left).any():
         with precision(config, device):
-            _, state, sums = act(model, state, acting, config.evaluation.block, by_distance)
+            _, state, sums = act(model, state, acting, block, left, by_distance)
         del sums["span_loss"]
         meter.add(sums)
+        left -= block
     figures = per_episode(meter.means())
     figures |= {f"rl/success_{name}": share for name, share in by_distance.shares().items()}
     return {f"{part}/{name}": figure for name, figure in figures.items()}

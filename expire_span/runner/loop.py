@@ -69,7 +69,7 @@ def train(
                 training.save()
             if stop and not last:
                 raise SystemExit(f"stopped at update {training.update}; to go on: expire-span resume={folder}")
-        figures = speed(folder) | peak_memory(training.device)
+        figures = costs(folder)
         for split in config.splits:
             figures |= training.kind.evaluate(training.forward, training.task, split, config, training.device)
         report(figures)
@@ -102,10 +102,11 @@ def interval(training: Training) -> Figures:
     training.refuse_nan()
     config = training.config
     blocks, training.blocks_read = training.blocks - training.blocks_read, training.blocks
-    milliseconds = training.watch.read() / max(1, blocks)
     figures = training.kind.interval(training, training.meter.means())
-    figures["perf/ms_per_batch"] = milliseconds
-    figures["perf/tokens_per_second"] = 1000 * config.train.batch * config.train.block / milliseconds
+    if blocks:  # else the block that these updates learned from is not done with
+        milliseconds = training.watch.read() / blocks
+        figures["perf/ms_per_batch"] = milliseconds
+        figures["perf/tokens_per_second"] = 1000 * config.train.batch * config.train.block / milliseconds
     return figures | peak_memory(training.device)
 
 
@@ -129,12 +130,17 @@ def evaluate_run(
     return figures
 
 
-def speed(folder: Path) -> Figures:
-    """Medians over the second half of the intervals: by then a curriculum is over, and nothing is compiled any more."""
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "perf/ms_per_batch" in row]
-    late = rows[len(rows) // 2 :]
-    names = ("perf/ms_per_batch", "perf/tokens_per_second")
-    return {name: statistics.median(row[name] for row in late) for name in names} if late else {}
+def costs(folder: Path) -> Figures:
+    """Of the whole training, also where it was stopped and went on: times, as medians, and the peaks of memory.
+
+    Times are of the second half of the intervals: by then a curriculum is over, and nothing is compiled any more.
+    """
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row]
+    timed = [row for row in rows if "perf/ms_per_batch" in row]
+    late, names = timed[len(timed) // 2 :], ("perf/ms_per_batch", "perf/tokens_per_second")
+    figures = {name: statistics.median(row[name] for row in late) for name in names} if late else {}
+    peaks = {name for row in rows for name in row if name.startswith("perf/peak_")}
+    return figures | {name: max(row[name] for row in rows if name in row) for name in sorted(peaks)}
 
 
 @contextmanager

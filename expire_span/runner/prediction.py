@@ -66,7 +66,9 @@ def next_asked(training: "Training") -> tuple[Batch, int]:
         if number := asked_in(batch):
             return there, number
         with torch.no_grad(), precision(training.config, training.device):
-            _, training.state, _ = training.forward(there.tokens, training.state, there.reach)
+            _, training.state, figures = training.forward(there.tokens, training.state, there.reach)
+        del figures["span_loss"]
+        training.meter.add(figures)
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """Acting and learning see the same, and learn what pays."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny import tiny
 from tolerance import assert_equal
 
 from expire_span.runner import actor_critic
-from expire_span.runner.loop import train, train_update
+from expire_span.runner.loop import interval, train, train_update
 from expire_span.runner.training import Training
 
 MODELS = ("trans_xl", "adaptive_span", "compressive", "expire_span")
@@ -102,6 +104,36 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(task, tmp_path):
 def test_evaluation_without_an_end_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="evaluation.blocks must be a number"):
         Training(tiny("evaluation.blocks=null", task="corridor"), tmp_path)
+
+
+def test_an_update_that_would_learn_from_one_block_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"train.accumulate must be 1 where actor_critic.epochs is more"):
+        Training(tiny("train.accumulate=2", "actor_critic.epochs=2", task="corridor"), tmp_path)
+
+
+@pytest.mark.parametrize("task", ["corridor", "portal"])
+def test_in_evaluation_every_episode_that_begins_in_its_blocks_counts_however_long_it_lasts(task, tmp_path):
+    config = tiny("evaluation.block=3", "evaluation.blocks=2", task=task)
+    training = Training(config, tmp_path)
+    figures = actor_critic.evaluate(training.model, training.task, "test", config, training.device)
+
+    acting, lengths = actor_critic.source(training.task, config, training.device, "test"), []
+    block, _, _ = actor_critic.act(training.model, training.model.initial_state(4), acting, 200)
+    for done in block["done"]:
+        ends = [-1, *done.nonzero().flatten().tolist()]  # an episode begins after each of these
+        lengths += [end - before for before, end in pairwise(ends) if before + 1 < 6]
+    assert max(lengths) > 6
+    assert figures["test/rl/length"] == pytest.approx(sum(lengths) / len(lengths))
+
+
+def test_a_block_s_time_is_told_once_it_is_learned_from_and_holds_all_its_epochs(tmp_path):
+    training = Training(tiny("actor_critic.epochs=3", task="corridor"), tmp_path)
+    told = []
+    for _ in range(7):
+        train_update(training)
+        told.append("perf/ms_per_batch" in interval(training))
+    assert told == [True, False, False] * 2 + [True]
+    assert not training.watch.laps
 
 
 def test_evaluation_tells_success_by_the_corridors_length_beyond_those_trained_on_too(tmp_path):

@@ -20,7 +20,7 @@ from expire_span.runner import checkpoint
 from expire_span.runner import main as console
 from expire_span.runner.loop import interval, train, train_update
 from expire_span.runner.prediction import evaluate
-from expire_span.runner.record import read_metrics
+from expire_span.runner.record import append_metrics, read_metrics
 from expire_span.runner.training import Training
 
 MODELS = ("trans_xl", "adaptive_span", "compressive", "expire_span")
@@ -91,6 +91,23 @@ def test_a_run_leaves_figures_protocol_and_a_checkpoint(folder):
     row = read_metrics(folder / "metrics.jsonl")[0]
     expected = {"train/loss", "train/accuracy", "memory/size", "memory/size_layer_1", "memory/span", "memory/bytes"}
     assert expected | {"perf/ms_per_batch", "perf/tokens_per_second", "perf/peak_resident_gb"} <= set(row)
+
+
+def test_memory_in_training_is_that_of_all_timesteps_and_not_only_where_something_is_asked(folder):
+    whole = ["model=trans_xl", "task.first_distance=64", "run.log_every=4"]  # asked in the last of four blocks
+    train(tiny(*whole), folder)
+    row = read_metrics(folder / "metrics.jsonl")[0]
+    assert row["memory/size"] == pytest.approx(sum(min(t, 32) for t in range(64)) / 64)  # L = 32
+
+
+def test_a_finished_run_that_is_started_again_keeps_the_peak_of_its_training(folder):
+    train(tiny(), folder)
+    path = folder / "metrics.jsonl"
+    rows = read_metrics(path)
+    path.unlink()
+    for row in rows:  # as if the training had needed more than what comes after it
+        append_metrics(path, row | ({"perf/peak_resident_gb": 123.0} if row["update"] == 2 else {}))
+    assert train(tiny(), folder)["perf/peak_resident_gb"] == 123.0
 
 
 @pytest.mark.parametrize("task", ["copy", "collision", "text"])

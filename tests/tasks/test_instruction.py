@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expire_span.tasks.chatter import build_chatter
-from expire_span.tasks.instruction import Instruction, split_words
+from expire_span.tasks.instruction import Instruction, World, split_words
 from expire_span.tasks.light_world import build_map
 
 PARTS = re.compile(
@@ -133,6 +133,17 @@ def test_distractors_between_instruction_and_execution_are_as_many_as_asked_for(
                     between.append(count - said.pop(part["told"]))
             said.clear()
         assert sum(between) / len(between) == pytest.approx(distractors, rel=0.3)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_whatever_the_seed_there_is_as_much_talk_between_an_instruction_and_its_execution(seed):
+    task = Instruction(100, seed=seed, rooms=2, agents=6, ask=1.0, waiting=1)
+    world = World(task, "test", 0)
+    for _ in range(6000):
+        world.turns(0.0)
+    assert world.executed > 2000
+    assert world.talks_between / world.executed == pytest.approx(task.talks, rel=0.1)
+    assert task.talks == Instruction(100, seed=0, rooms=2, agents=6, ask=1.0, waiting=1).talks
 
 
 def test_splits_seeds_and_streams_differ():
