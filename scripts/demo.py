@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="for all three runs, such as train.updates=100")
     arguments = parser.parse_args()
-    folder, common = arguments.folder, [f"seed={arguments.seed}", *arguments.overrides]
+    folder, common = arguments.folder / f"seed{arguments.seed}", [f"seed={arguments.seed}", *arguments.overrides]
     began = time.time()
 
     print("Copy: how many A's were there, up to 250 timesteps ago? Three models learn it, two at a time.")

@@ -10,7 +10,9 @@ also where `evaluation.blocks` is but some of it.
 """
 
 import gzip
+import hashlib
 import lzma
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +55,7 @@ class Text:
             whole = np.concatenate([characters(file, content) for file, content in files])
         if not len(whole):
             raise ValueError(f"task.path={path} is empty: name a file or folder with text")
+        told = {"sha256": hashlib.sha256(whole.tobytes()).hexdigest()}  # of the bytes, or code points
         ends = [round(len(whole) * (1 - valid - test)), round(len(whole) * (1 - test))]
         self.parts = dict(zip(SPLITS, np.split(whole, ends), strict=True))
         self.unknown = dict.fromkeys(SPLITS, 0)
@@ -61,6 +64,8 @@ class Text:
         self.also = ("bpc",) if unit == "characters" else ()
         if unit == "characters":
             self.bytes = {split: mean_bytes(part[1:]) for split, part in self.parts.items()}
+            if not len(self.parts["train"]):
+                raise ValueError(f"task.path={path} has {len(whole)} characters, of which none are for training")
             known = np.unique(self.parts["train"])
             self.alphabet = "".join(map(chr, known))
             self.vocabulary = self.classes = len(known) + 1
@@ -68,7 +73,8 @@ class Text:
                 place = np.searchsorted(known, part).clip(max=len(known) - 1)
                 self.parts[split] = np.where(known[place] == part, place, len(known)).astype(np.int32)
                 self.unknown[split] = int((known[place] != part).sum())
-        self.data = {s: {"tokens": len(part), "unknown": self.unknown[s]} for s, part in self.parts.items()}
+        parts = {s: {"tokens": len(part), "unknown": self.unknown[s]} for s, part in self.parts.items()}
+        self.data = {**told, **parts}
 
     def bytes_per_token(self, split: str) -> float:
         """Bytes of UTF-8 a target, by which bits per token are divided to be bits per byte."""
@@ -84,6 +90,8 @@ def find(path: str | Path) -> list[Path]:
     if not place.exists():
         raise FileNotFoundError(f"task.path={path} does not exist (looked at {place.absolute()})")
     files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+    if place.is_dir():  # without what is hidden, as .git is
+        files = [file for file in files if not any(part[0] == "." for part in file.relative_to(place).parts)]
     if not files:
         raise ValueError(f"task.path={path} is a folder without files")
     return files
@@ -95,7 +103,7 @@ def read(file: Path) -> bytes:
             return lzma.decompress(file.read_bytes())
         if file.suffix == ".gz":
             return gzip.decompress(file.read_bytes())
-    except (lzma.LZMAError, EOFError, OSError) as error:
+    except (lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise ValueError(f"task.path: {file} cannot be unpacked ({error}); unpack it by hand, or replace it") from None
     return file.read_bytes()
 

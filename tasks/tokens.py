@@ -14,6 +14,8 @@ import torch
 
 from .stream import IGNORED, Batch
 
+UNIT = 8  # timesteps, of which a last block has some: as Compressive pools by four, or two, or eight
+
 
 def written(task: Any) -> tuple[Callable[[str], list[int]], Callable[[int], bytes]]:
     """How a task turns text into tokens, and a token into text, in UTF-8: by bytes, characters or words.
@@ -49,7 +51,7 @@ class TokenStream:
 
     A part's last target is the next part's first token, so that each but the very first is a target once a round.
     `endless`: each stream reads on into the next part, and after the last token from the first on. Else each ends with
-    its part; a part shorter than the others' blocks is filled up with IGNORED.
+    its part: the last block is shorter, some UNITs, and filled up with IGNORED.
 
     Raises ValueError, beginning with `name`, where the array is too short: endless, for a block a stream; else, for
     a target.
@@ -70,8 +72,11 @@ class TokenStream:
     def __next__(self) -> Batch:
         index = self.starts[:-1, None] + np.arange(self.time, self.time + self.block)  # (B, T)
         inside = index < self.starts[1:, None]
-        if not self.endless and not inside.any():
-            raise StopIteration
+        if not self.endless:
+            if not inside.any():
+                raise StopIteration
+            left = -(-inside.any(0).sum() // UNIT) * UNIT  # or what is not there would count as remembered
+            index, inside = index[:, :left], inside[:, :left]
         self.time += self.block
         index %= len(self.array) - 1  # the last token is only a target
         tokens, targets = self.array[index].astype(np.int64), self.array[index + 1].astype(np.int64)

@@ -25,7 +25,7 @@ class Compressive(Mechanism):
         if compressed < 1 or rate < 1:
             raise ValueError(f"model.compressed and model.rate must be at least 1, got {compressed} and {rate}")
         super().__init__(max_span, ramp=1, positions=max_span + compressed + 1)
-        self.compressed, self.rate = compressed, rate
+        self.compressed, self.rate, self.longest_block = compressed, rate, max(1, max_span - rate + 1)
         pooled = max_span + torch.arange(compressed + 1).repeat_interleave(rate)  # a slot's row tells c distances
         self.rows = torch.cat([torch.arange(max_span), pooled])
 

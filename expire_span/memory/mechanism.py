@@ -14,9 +14,11 @@ class Mechanism(nn.Module):
     positions    rows of the position table: how far back, in timesteps, a memory's distance is told
     rows         (P,) int64: the table's row for distance j + 1, where distances share some (None: row j)
     random_drop  hide all memories farther than l ~ U(0, L) in training, one l a batch (section 4)
+    longest_block  timesteps; blocks of any length up to this can be processed
     """
 
     random_drop = False
+    longest_block = 2**40
 
     def __init__(self, max_span: int, ramp: float, positions: int):
         super().__init__()

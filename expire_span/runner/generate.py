@@ -33,7 +33,7 @@ def generate(
     device = model.position.device
     chance = torch.Generator(device).manual_seed(seed)
     state = model.initial_state(1)
-    at_once = min(PROMPT_BLOCK, *(mechanism.max_span for mechanism in model.mechanisms))  # Compressive takes no longer
+    at_once = min(PROMPT_BLOCK, *(mechanism.longest_block for mechanism in model.mechanisms))
     for block in torch.tensor([list(prompt)], device=device).split(at_once, 1):
         scores, state, figures = model(block, state)  # (1, T, classes)
     while True:

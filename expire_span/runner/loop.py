@@ -28,6 +28,7 @@ from .record import (
     write_alphabet,
     write_diff,
     write_summary,
+    write_texts,
 )
 from .saved import open_run
 from .schedule import alpha_factor, rate_factor, set_rates
@@ -38,37 +39,44 @@ NOWHERE: Mapping[str, Any] = {}
 
 
 def train(
-    config: DictConfig, folder: Path, command: Sequence[str] = sys.argv, origin: Mapping[str, Any] = NOWHERE
+    config: DictConfig,
+    folder: Path,
+    command: Sequence[str] = sys.argv,
+    origin: Mapping[str, Any] = NOWHERE,
+    texts: Mapping[str, str] = NOWHERE,
 ) -> Figures:
     """Train to the end, from the folder's checkpoint if it has one; evaluate; leave a summary. Returns its figures.
 
-    origin: what the summary is to say of where the config's values come from.
+    origin: what the summary is to say of where the config's values come from; texts: files for the folder, which are
+    written when nothing can refuse the run any more.
     """
     training = Training(config, folder)
     resumed = training.restore()
+    write_texts(folder, texts)
     about = {**provenance(command), **origin}
     write_diff(folder)
     write_alphabet(folder, training.task)
-    truncate_metrics(folder / "metrics.jsonl", training.update)
+    truncate_metrics(folder / "metrics.jsonl", training.update, config.train.updates)
     reset_peak_memory(training.device)
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     log.info(
         f"{'continuing' if resumed else 'training'} in {folder}: {parameters:,} parameters, on {training.device}, "
         f"updates {training.update} to {config.train.updates}"
     )
-    with reporting(training) as report, stop_signal() as stopped:
-        while training.update < config.train.updates:
-            train_update(training)
-            last = training.update == config.train.updates
-            if last or training.update % config.run.log_every == 0:
-                report(interval(training))
-            if training.update % (config.evaluation.every or math.inf) == 0:
-                report(training.kind.evaluate(training.forward, training.task, "valid", config, training.device))
-            stop = stopped.is_set()  # read once: what comes after this is for the next update
-            if last or stop or training.update % config.run.checkpoint_every == 0:
-                training.save()
-            if stop and not last:
-                raise SystemExit(f"stopped at update {training.update}; to go on: expire-span resume={folder}")
+    with reporting(training) as report:
+        with stop_signal() as stopped:
+            while training.update < config.train.updates:
+                train_update(training)
+                last = training.update == config.train.updates
+                if last or training.update % config.run.log_every == 0:
+                    report(interval(training))
+                if training.update % (config.evaluation.every or math.inf) == 0:
+                    report(training.kind.evaluate(training.forward, training.task, "valid", config, training.device))
+                stop = stopped.is_set()  # read once: what comes after this is for the next update
+                if last or stop or training.update % config.run.checkpoint_every == 0:
+                    training.save()
+                if stop:
+                    raise SystemExit(f"stopped at update {training.update}; to go on: expire-span resume={folder}")
         figures = costs(folder)
         for split in config.splits:
             figures |= training.kind.evaluate(training.forward, training.task, split, config, training.device)

@@ -1,5 +1,6 @@
 """The one entry: `expire-span task=... model=... size=...`, or evaluate=RUN, or resume=RUN."""
 
+import logging
 import os
 import re
 import sys
@@ -15,10 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .choices import marked
 from .loop import evaluate_run, train
-from .record import lock
+from .record import lock, write_texts
 from .saved import saved_config
 from .settings import checked
 
+log = logging.getLogger(__name__)
 GROUPS = ("task", "model", "size", "setting", "experiment")
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's
 
@@ -30,6 +32,7 @@ def run(config: DictConfig) -> None:
         job(config)
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
+            log.error(f"job {HydraConfig.get().job.num} failed: {cause(error)}")
             raise
         end(error)
 
@@ -42,26 +45,47 @@ def job(config: DictConfig) -> None:
     command = ["expire-span", *overrides]  # of this job alone, whoever launched it
     if config.evaluate is not None:
         source = Path(config.evaluate)
-        config = checked(changed(saved_config(source), overrides))
+        if (folder / "checkpoint.pt").exists():
+            raise ValueError(f"{folder} holds a run; evaluate into another hydra.run.dir")
+        before = saved_config(source)
+        config = checked(changed(before.copy(), overrides))
         trained = OmegaConf.load(source / ".hydra" / "hydra.yaml").hydra
         origin = origin_of(config, trained, [*trained.overrides.task, *overrides])
+        origin["trained"] = trained_otherwise(before, config, overrides)
         with lock(folder):
+            write_texts(folder, composition(config, hydra_config))
             figures = evaluate_run(config, source, folder, command, origin)
     else:
+        texts = composition(config, hydra_config)
         config = checked(config)
         origin = origin_of(config, hydra_config, overrides)
         if config.wandb.group is None and hydra_config.mode == RunMode.MULTIRUN:
             config.wandb.group = Path(hydra_config.sweep.dir).name
         with lock(folder):
-            figures = train(config, folder, command, origin)
+            figures = train(config, folder, command, origin, texts)
     for name, figure in figures.items():
         print(f"{name:40} {figure:.5g}")
+
+
+def composition(config: DictConfig, hydra_config: Any) -> dict[str, str]:
+    """The files of a run's .hydra, as Hydra itself would write them."""
+    hydra_node = OmegaConf.create({"hydra": hydra_config})
+    parts = {"config": config, "hydra": hydra_node, "overrides": hydra_config.overrides.task}
+    return {f".hydra/{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()}
 
 
 def origin_of(config: DictConfig, hydra_config: Any, overrides: list[str]) -> dict[str, Any]:
     """Which values are our choice, by the marks in the YAML files that Hydra composed."""
     sources = [f"{source.schema}://{source.path}" for source in hydra_config.runtime.config_sources]
     return marked(config, hydra_config.runtime.choices, sources, overrides)
+
+
+def trained_otherwise(before: DictConfig, config: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """What this command has changed for the evaluation, as it was in training."""
+    keys = {override.lstrip("+").partition("=")[0] for override in overrides} - {"evaluate"}
+    values = {key: OmegaConf.select(before, key) for key in sorted(keys) if not key.startswith("wandb.")}
+    values = {key: value for key, value in values.items() if value != OmegaConf.select(config, key)}
+    return {key: OmegaConf.to_container(each) if OmegaConf.is_config(each) else each for key, each in values.items()}
 
 
 def changed(config: DictConfig, overrides: list[str]) -> DictConfig:
@@ -89,6 +113,8 @@ def resumed(arguments: list[str]) -> list[str]:
     given = [argument for argument in arguments if argument.startswith("resume=")]
     if not given:
         return arguments
+    if {"-m", "--multirun"} & set(arguments):
+        raise ValueError("resume=RUN goes on with one run; leave -m away")
     run_folder = Path(given[0].partition("=")[2])
     path = run_folder / ".hydra" / "overrides.yaml"
     if not path.exists():
@@ -121,10 +147,16 @@ def main() -> None:
         end(error)
 
 
+def cause(error: Exception) -> Exception:
+    """Of what Hydra could not build: what the constructor said."""
+    while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
 def end(error: Exception) -> NoReturn:
     """Bad input ends the process with one line; anything else is a bug, and keeps its trace."""
-    while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # what the constructor said
+    error = cause(error)
     if FULL_ERROR or not isinstance(error, (ValueError, OSError, HydraException, OmegaConfBaseException)):
         raise error
     if isinstance(error, BrokenPipeError):  # of a reader that has seen enough, such as head

@@ -86,11 +86,14 @@ def evaluate(model: Any, task: Any, split: str, config: DictConfig, device: torc
             scores, state, figures = model(batch.tokens, state, batch.reach)
             answers.add(*answered(model, scores, batch, asked), batch)
         del figures["span_loss"]
-        meter.add(figures)
+        timesteps = batch.tokens.shape[1]  # a last block may be shorter
+        meter.add({"timesteps": timesteps, **{name: timesteps * figure for name, figure in figures.items()}})
     if not answers.counts[0]:
         log.warning(f"nothing is asked in the first {settings.blocks} blocks of {split}: raise evaluation.blocks")
-    also = getattr(task, "also", ())
-    figures = answers.figures(task.measure, bytes_per_token(task, split), also) | meter.means()
+    also, means = getattr(task, "also", ()), meter.means()
+    timesteps = means.pop("timesteps")
+    figures = answers.figures(task.measure, bytes_per_token(task, split), also)
+    figures |= {name: mean / timesteps for name, mean in means.items()}
     return {f"{split}/{name}": figure for name, figure in figures.items()}
 
 

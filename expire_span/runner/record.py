@@ -1,5 +1,6 @@
 """What a run leaves behind beside its weights: where it came from, its figures, and who is writing them.
 
+    .hydra/         its config, and how that was composed
     metrics.jsonl   one JSON object a line, numbers only; "update" says when
     summary.json    the final figures, and the protocol and provenance that gave them
     alphabet.json   what the tokens of a text stand for, in order
@@ -66,6 +67,13 @@ def versions() -> dict[str, str]:
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write texts by their paths in the folder, each whole or not at all."""
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _replace(folder / name, text.encode())
 
 
 def write_diff(folder: Path, checkout: Path = CHECKOUT) -> Path | None:
@@ -149,11 +157,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def truncate_metrics(path: Path, update: int) -> None:
-    """Forget what was logged after `update`, so that a run that resumes there logs it once."""
+def truncate_metrics(path: Path, update: int, end: int) -> None:
+    """Forget what was logged after `update`, so that a run that resumes there logs it once; at the end, the end too."""
     if Path(path).exists():
-        kept = [line + b"\n" for line, row in _complete_lines(path) if row.get("update", update) <= update]
-        _replace(Path(path), b"".join(kept))
+        lines = [(line, row) for line, row in _complete_lines(path) if row.get("update", update) <= update]
+        if update == end:  # its figures have times, as those of an interval, but no loss
+            lines = [(line, row) for line, row in lines if row.get("update") != end or _goes_on(row)]
+        _replace(Path(path), b"".join(line + b"\n" for line, _ in lines))
+
+
+def _goes_on(row: Mapping[str, Any]) -> bool:
+    return "train/loss" in row or not any(name.startswith("perf/") for name in row)
 
 
 def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

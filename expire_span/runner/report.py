@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from expire_span.runner.record import read_metrics
 
-OUTPUT_ONLY = {"wandb", "hydra"}  # groups of the config that change no figure
+OUTPUT_ONLY = {"wandb", "hydra"}  # groups of the config that change no figure ...
+IDLE = {"run.checkpoint_every", "run.progress"}  # ... and keys
 COSTS = (
     "memory/bytes",  # carried state of one stream
     "perf/ms_per_batch",
@@ -84,7 +85,7 @@ def load_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 def _run_folders(root: Path) -> Iterator[Path]:
     for folder, below, files in os.walk(root):
-        if ".hydra" in below or "summary.json" in files:
+        if ".hydra" in below or {"summary.json", "run.log"} & set(files):
             yield Path(folder)
         below[:] = sorted(name for name in below if not name.startswith("."))
 
@@ -104,9 +105,11 @@ def _load(folder: Path) -> Run:
             raise ValueError("summary.json has figures that are no finite numbers")
         # Tokens follow from the rest of the protocol, up to where an episode happens to end.
         protocol = {name: value for name, value in summary["protocol"].items() if name != "tokens"}
-        everything = dict(_flat({**_config(folder, summary), "protocol": protocol}))
+        also = {name: summary.get(name) or {} for name in ("data", "trained")}
+        everything = dict(_flat({**_config(folder, summary), "protocol": protocol, **also}))
+        everything["evaluate"] = "another run" if everything.get("evaluate") else None
         seed = {key: value for key, value in everything.items() if key.rsplit(".")[-1] == "seed"}
-        settings = {key: value for key, value in everything.items() if key not in seed}
+        settings = {key: value for key, value in everything.items() if key not in {*seed, *IDLE}}
         return Run(folder, summary, settings, tuple(seed.items()), figures)
     except Exception as error:  # whatever lies in that folder, the other runs still make a table
         reason = str(error).partition("\n")[0]
@@ -115,9 +118,11 @@ def _load(folder: Path) -> Run:
 
 
 def _last_update(folder: Path) -> str:
-    path = folder / "metrics.jsonl"
+    path, log = folder / "metrics.jsonl", folder / "run.log"
     rows = read_metrics(path) if path.exists() else []
-    return f", last logged update {rows[-1].get('update')}" if rows else ", nothing logged"
+    last = f", last logged update {rows[-1].get('update')}" if rows else ", nothing logged"
+    errors = re.findall(r"\[ERROR\] (.*)", log.read_text(errors="replace")) if log.exists() else []
+    return last + (f"; {errors[-1]}" if errors else "")
 
 
 def _config(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ..memory import Memory
 from . import actor_critic, checkpoint, prediction
@@ -44,6 +44,7 @@ class Training:
             "update": self.update,
             "blocks": self.blocks,
             "run_id": self.run_id,
+            "seed": self.config.seed,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "source": self.source.state_dict(),
@@ -69,6 +70,11 @@ class Training:
         if content["update"] > self.config.train.updates:
             done = f"{self.folder} has done {content['update']} updates"
             raise ValueError(f"{done}, more than train.updates={self.config.train.updates}")
+        streams = len(content["layers"][0][3]) - 1
+        before = {"seed": content.get("seed", self.config.seed), "train.batch": streams}
+        for key, value in before.items():
+            if OmegaConf.select(self.config, key) != value:
+                raise ValueError(f"{self.folder} holds a run with {key}={value}; use another hydra.run.dir")
         refuse_other_alphabet(self.folder, self.task)
         load_weights(self.model, content, self.folder)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimiser.param_groups]

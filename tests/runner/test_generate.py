@@ -86,9 +86,11 @@ def test_weights_that_are_others_are_noticed_too(change):
     assert torch.equal(ours, theirs)
 
 
-def test_a_prompt_longer_than_a_span_is_read_by_every_model():
-    model = model_of([Compressive(12, 4, 2) for _ in range(2)])
-    assert len(tokens_of(model, [1] * 40, 3)) == 3
+@pytest.mark.parametrize("rate", [1, 2, 4])
+def test_a_prompt_of_any_length_is_read_by_every_model(rate):
+    model = model_of([Compressive(12, 4, rate) for _ in range(2)])
+    for length in range(1, 40):
+        assert len(tokens_of(model, [1] * length, 3)) == 3
 
 
 def test_memory_stays_flat_while_the_text_grows():

@@ -179,7 +179,7 @@ def test_truncation_keeps_the_update_it_resumes_from_and_forgets_later_ones(tmp_
     path = tmp_path / METRICS
     path.write_text('{"update": 1}\n{"update": 2}\n{"update": 3}\n{"upda')
     assert [row["update"] for row in record.read_metrics(path)] == [1, 2, 3]
-    record.truncate_metrics(path, 2)
+    record.truncate_metrics(path, 2, end=9)
     record.append_metrics(path, {"update": 3})
     assert path.read_text() == '{"update": 1}\n{"update": 2}\n{"update": 3}\n'
 
@@ -187,13 +187,13 @@ def test_truncation_keeps_the_update_it_resumes_from_and_forgets_later_ones(tmp_
 def test_a_last_line_without_its_line_break_is_kept_whole(tmp_path):
     path = tmp_path / METRICS
     path.write_text('{"update": 1}\n{"update": 2}')
-    record.truncate_metrics(path, 2)
+    record.truncate_metrics(path, 2, end=9)
     record.append_metrics(path, {"update": 3})
     assert [row["update"] for row in record.read_metrics(path)] == [1, 2, 3]
 
 
 def test_a_run_that_logged_nothing_can_be_truncated(tmp_path):
-    record.truncate_metrics(tmp_path / METRICS, 5)
+    record.truncate_metrics(tmp_path / METRICS, 5, end=9)
     assert not (tmp_path / METRICS).exists()
 
 

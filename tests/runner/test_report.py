@@ -55,6 +55,21 @@ def test_runs_that_differ_only_in_the_seed_share_a_row_with_mean_and_sample_devi
     assert row["updates"] == "400"
 
 
+def test_runs_on_other_data_do_not_share_a_row(tmp_path):
+    for seed, text in ((1, "aa"), (2, "bb")):
+        run_folder(tmp_path / f"{seed}", seed, data={"sha256": text})
+    assert [row["seeds"] for row in rows(report(tmp_path))] == ["1", "1"]
+
+
+def test_evaluations_of_several_seeds_share_a_row_but_not_those_of_runs_trained_otherwise(tmp_path):
+    for name, seed, dropout in (("a", 1, 0.1), ("b", 2, 0.1), ("c", 3, 0.3)):
+        folder = run_folder(tmp_path / name, seed, trained={"transformer.dropout": dropout})
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["config"]["evaluate"] = f"runs/{name}"
+        write_summary(folder, summary)
+    assert sorted(row["seeds"] for row in rows(report(tmp_path))) == ["1", "2"]
+
+
 def test_one_run_has_no_spread(tmp_path):
     run_folder(tmp_path / "run")
     assert rows(report(tmp_path))[0]["test/accuracy"] == "0.9"

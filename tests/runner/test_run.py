@@ -21,6 +21,7 @@ from expire_span.runner import main as console
 from expire_span.runner.loop import interval, train, train_update
 from expire_span.runner.prediction import evaluate
 from expire_span.runner.record import append_metrics, read_metrics
+from expire_span.runner.report import load_runs, table
 from expire_span.runner.training import Training
 
 MODELS = ("trans_xl", "adaptive_span", "compressive", "expire_span")
@@ -108,6 +109,38 @@ def test_a_finished_run_that_is_started_again_keeps_the_peak_of_its_training(fol
     for row in rows:  # as if the training had needed more than what comes after it
         append_metrics(path, row | ({"perf/peak_resident_gb": 123.0} if row["update"] == 2 else {}))
     assert train(tiny(), folder)["perf/peak_resident_gb"] == 123.0
+    assert len(read_metrics(path)) == len(rows)  # and its figures are there once
+
+
+@pytest.mark.parametrize("wrong", ["train.updates=2", "train.batch=8", "transformer.hidden_size=32"])
+def test_a_start_that_is_refused_leaves_the_run_as_it_was(wrong, folder, tmp_path):
+    overrides = ["memory.max_span=32", *SHRUNK, *TASKS["copy"]]
+    assert command(*overrides, folder=folder).returncode == 0
+    before = {path.name: path.read_bytes() for path in (folder / ".hydra").iterdir()}
+    assert set(before) == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    refused = subprocess.run(
+        [sys.executable, "-m", "expire_span", f"resume={folder}", wrong], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    why = "more than train.updates=2|with train.batch=4|checkpoint of another model"
+    assert re.search(f"^error: .*({why})", refused.stderr)
+    assert {path.name: path.read_bytes() for path in (folder / ".hydra").iterdir()} == before
+    into = command(f"evaluate={folder}", folder=folder)
+    assert "evaluate into another hydra.run.dir" in into.stderr
+
+
+def test_a_folder_goes_on_with_its_own_seed_only(folder):
+    train(tiny("train.updates=2"), folder)
+    with pytest.raises(ValueError, match="holds a run with seed=1; use another"):
+        train(tiny("seed=2"), folder)
+
+
+@pytest.mark.parametrize("block", [1, 16, 64, 200])
+def test_memory_in_evaluation_is_the_mean_over_timesteps_whatever_the_block(block, folder, text):
+    text.write_text("ab c" * 365)  # of which 73 are the validation part
+    whole = ["evaluation.batch=1", "evaluation.blocks=null", f"evaluation.block={block}", "splits=[valid]"]
+    figures = train(tiny("model=trans_xl", *whole, task="text", text=text), folder)
+    assert figures["valid/memory/size"] == pytest.approx(sum(min(t, 32) for t in range(72)) / 72)  # L = 32
 
 
 @pytest.mark.parametrize("task", ["copy", "collision", "text"])
@@ -300,6 +333,23 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(tmp_path):
         ("expire_span", 1),
         ("expire_span", 2),
     ]
+
+
+def test_every_job_of_a_sweep_that_fails_is_told_where_it_fails_and_in_the_report(tmp_path):
+    overrides = ["-m", *SHRUNK, *TASKS["copy"], "memory.max_span=32", "train.updates=2", "train.batch=4,0,-1"]
+    swept = command(*overrides, f"hydra.sweep.dir={tmp_path}/sweep", folder=tmp_path / "unused")
+    assert swept.returncode == 1
+    for number, batch in ((1, 0), (2, -1)):
+        words = f"job {number} failed: train.batch must be at least 1, got {batch}"
+        assert words in swept.stdout
+        assert f"failed: train.batch must be at least 1, got {batch}" in table(load_runs([tmp_path / "sweep"]))
+
+
+def test_a_sweep_does_not_resume(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["expire-span", "-m", "resume=somewhere"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(SystemExit, match="resume=RUN goes on with one run; leave -m away"):
+        console.main()
 
 
 def test_a_killed_run_resumes_from_the_command_line_to_the_same_losses(tmp_path):

@@ -24,7 +24,8 @@ def test_evaluation_asks_for_every_token_but_the_first_once_and_in_its_place(len
     array = np.arange(length, dtype=np.uint16)
     asked = []
     for tokens, targets, *_ in TokenStream(array, batch, block, endless=False, name="it"):
-        assert tokens.shape == targets.shape == (batch, block)
+        assert tokens.shape == targets.shape
+        assert tokens.shape[1] == block or tokens.shape[1] - (targets != IGNORED).any(0).sum() < 8  # the last block
         assert tokens.dtype == targets.dtype == torch.int64
         inside = targets != IGNORED
         assert torch.equal(tokens[inside] + 1, targets[inside])
@@ -111,6 +112,28 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, file):
         (tmp_path / name).write_bytes(b"no archive")
         with pytest.raises(ValueError, match=rf"task\.path: .*{name} cannot be unpacked"):
             Text(tmp_path / name)
+
+
+def test_a_damaged_archive_is_refused_by_name(tmp_path):
+    whole = gzip.compress(bytes(range(256)) * 40)
+    (tmp_path / "damaged.gz").write_bytes(whole[:40] + bytes(20) + whole[60:])
+    with pytest.raises(ValueError, match=r"task\.path: .*damaged.gz cannot be unpacked"):
+        Text(tmp_path / "damaged.gz")
+
+
+def test_hidden_files_are_no_text(tmp_path, file):
+    folder = tmp_path / ".own" / "texts"  # what lies above the folder may be hidden
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "index").write_bytes(b"\xff\xfe")
+    (folder / ".DS_Store").write_bytes(b"\xff\xfe")
+    (folder / "a.txt").write_text(WORDS, encoding="utf-8")
+    assert Text(folder).data == Text(file).data
+
+
+def test_a_text_without_a_training_part_is_refused(tmp_path):
+    (tmp_path / "short.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"has 1 characters, of which none are for training"):
+        Text(tmp_path / "short.txt", unit="characters", valid=0.4, test=0.4)
 
 
 def test_a_share_or_unit_that_is_none_is_refused_by_name(file):
