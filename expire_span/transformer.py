@@ -280,7 +280,8 @@ class Transformer(nn.Module):
         samples, block = hidden.shape[:2]
         episode = reach
         if self.farthest_drop and self.training:
-            limit = torch.randint(self.farthest_drop + 1, (1, 1)).to(hidden.device)  # one for all samples and layers
+            drawn = torch.randint(self.farthest_drop + 1, (1, 1))  # one for all samples and layers
+            limit = drawn.to(hidden.device, non_blocking=True)
             reach = limit.expand(samples, block) if reach is None else torch.minimum(reach, limit)
 
         version, memories = self.weights_version(), state["layers"]

@@ -30,7 +30,9 @@ one of its age have ended.
 
 import math
 import os
+import sys
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -51,15 +53,17 @@ class Tile(NamedTuple):
     stages: int
 
 
-# (bytes of an element, head size up to): fits in 99 kB, and up to 128 no more than a few bytes spill on sm_90
+# (bytes of an element, head size up to): fits in 99 kB, and up to 128 few bytes spill on sm_90. Of two dots in a row
+# all warps stand along the rows, 16 each: where these are fewer, warps do the same twice.
 FORWARD = {
     (2, 128): Tile(128, 32, 8, 2),
     (2, 256): Tile(64, 32, 8, 1),
-    (4, 64): Tile(32, 16, 8, 1),
+    (4, 64): Tile(32, 16, 4, 2),
     (4, 256): Tile(16, 16, 8, 1),
 }
-BACKWARD_QUERIES = FORWARD | {(2, 64): Tile(128, 32, 8, 2), (2, 128): Tile(64, 32, 8, 2)}
-BACKWARD_KEYS = FORWARD | {(2, 64): Tile(64, 64, 8, 2), (2, 128): Tile(32, 64, 8, 2), (2, 256): Tile(32, 32, 8, 1)}
+FORWARD_FEW = FORWARD | {(2, 128): Tile(16, 64, 2, 2)}  # queries, as in generating and acting
+BACKWARD_QUERIES = FORWARD | {(2, 64): Tile(128, 32, 8, 2), (2, 128): Tile(64, 32, 4, 2)}
+BACKWARD_KEYS = FORWARD | {(2, 64): Tile(32, 128, 8, 2), (2, 128): Tile(32, 64, 4, 2), (2, 256): Tile(32, 32, 8, 1)}
 TRANSIENT = 2**28  # elements of rel at a time, if one sample has not more
 FAR = 2**29  # timesteps: farther than anything is seen
 
@@ -79,7 +83,19 @@ def available() -> bool:
     """Whether the kernels can run here: on a GPU that Triton has matrix products for, or in Triton's interpreter."""
     if kernels is None or os.environ.get("TRITON_INTERPRET") == "1":
         return kernels is not None
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) and launches()
+
+
+@cache
+def launches() -> bool:
+    """Whether Triton has what it needs to launch anything. Says on stderr what it lacks."""
+    try:
+        kernels.triton.runtime.driver.active.get_current_device()  # made of C, with a compiler and Python's headers
+    except Exception as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"expire-span: attention is slow, as Triton cannot be used: {why}", file=sys.stderr)
+        return False
+    return True
 
 
 # fmt: off
@@ -100,7 +116,8 @@ def forward(
     out, lse = torch.empty_like(query), query.new_empty(samples, heads, steps, dtype=torch.float32)
     for part in _parts(query, table):
         own = _own(part, query, offsets, fading, table)
-        _launch(kernels.forward, FORWARD, **own, **shared, out=out[part], lse=lse[part])
+        tiles = FORWARD if steps > 16 else FORWARD_FEW
+        _launch(kernels.forward, tiles, **own, **shared, out=out[part], lse=lse[part])
     return out.transpose(1, 2), lse
 
 
@@ -204,7 +221,7 @@ def _fading(
     end = (span - age[:, None] + ramp).clamp(max=FAR)  # (N, H or 1)
     limit = None
     if reach is not None:
-        limit = (reach - torch.arange(reach.shape[1], device=reach.device)).clamp(-FAR, FAR).int()
+        limit = (reach - torch.arange(reach.shape[1], device=reach.device)).clamp(-FAR, FAR).int().contiguous()
 
     def by_head(rows: Tensor) -> Tensor:  # (N or 1, H or 1) -> (H, N): a tile's keys lie side by side
         return rows.float().expand(len(age), heads).T.contiguous()
@@ -216,7 +233,10 @@ def _fading(
 def _launch(kernel: Any, tiles: dict[tuple[int, int], Tile], query: Tensor, **arguments: Any) -> None:
     (samples, steps, heads, size), key, rel = query.shape, arguments["key"], arguments["rel"]
     width = max(16, 1 << (size - 1).bit_length())
-    tile = tiles[min(kind for kind in tiles if kind[0] == query.element_size() and width <= kind[1])]
+    kinds = [kind for kind in tiles if kind[0] == query.element_size() and width <= kind[1]]
+    if not kinds:
+        raise ValueError(f"kernel='triton' takes heads of up to 256 in 2 or 4 bytes, got {size} in {query.dtype}")
+    tile = tiles[min(kinds)]
     grid = (-(-steps // tile.queries), heads, samples)
     if kernel is kernels.backward_keys:
         arguments |= _key_tiles(arguments.pop("offsets"), len(key), tile.keys)

@@ -26,14 +26,15 @@ def jit(function: Callable) -> Any:
 def load(pointer, rows, inside, stride, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     """(rows, WIDTH): the SIZE numbers of each row, then 0; all 0 for rows that are not inside."""
     column = tl.arange(0, WIDTH)[None, :]
-    return tl.load(pointer + rows[:, None] * stride + column, mask=inside[:, None] & (column < SIZE), other=0.0)
+    at = rows.to(tl.int64)[:, None] * stride + column
+    return tl.load(pointer + at, mask=inside[:, None] & (column < SIZE), other=0.0)
 
 
 @jit
 def store(pointer, rows, inside, stride, vectors, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     column = tl.arange(0, WIDTH)[None, :]
-    mask = inside[:, None] & (column < SIZE)
-    tl.store(pointer + rows[:, None] * stride + column, vectors.to(pointer.dtype.element_ty), mask=mask)
+    mask, at = inside[:, None] & (column < SIZE), rows.to(tl.int64)[:, None] * stride + column
+    tl.store(pointer + at, vectors.to(pointer.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -135,10 +136,11 @@ def meet(
     inside = rows < count
     ages, firsts, ends, biases = keys_of(fading, start, rows, inside, head, N)
     keys = load(key, rows, inside, HEADS * SIZE, SIZE, WIDTH)
-    product = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    term = tl.zeros((t.shape[0], rows.shape[0]), tl.float32)  # what the dot adds to, so that scores keep its layout
     if rel is not None and tl.min(ages) + tl.min(t) <= P:
         place, told = in_table(head, t, ages, P, T, HEADS)
-        product += tl.trans(tl.load(rel + place, mask=told, other=0.0))
+        term = tl.trans(tl.load(rel + place, mask=told, other=0.0)).to(tl.float32)
+    product = tl.dot(queries, tl.trans(keys), term, input_precision="ieee")
     score, m = scores_of(
         fading, product, t[:, None], limits[:, None],
         ages[None, :], firsts[None, :], ends[None, :], biases[None, :], scale,
@@ -253,10 +255,11 @@ def backward_keys(
         t, limits = queries_of(fading, step + tl.arange(0, QUERIES), sample, T)
         lines, line = (sample * T + t) * HEADS + head, (sample * HEADS + head) * T + t
         queries = load(query, lines, t < T, SIZE, SIZE, WIDTH)
-        product = tl.dot(keys, tl.trans(queries), input_precision="ieee")  # (keys, queries), as all below
+        term = tl.zeros((KEYS, QUERIES), tl.float32)  # (keys, queries), as all below
         if rel is not None and tl.min(ages) + step <= P:
             place, told = in_table(head, t, ages, P, T, HEADS)
-            product += tl.load(rel + place, mask=told, other=0.0)
+            term = tl.load(rel + place, mask=told, other=0.0).to(tl.float32)
+        product = tl.dot(keys, tl.trans(queries), term, input_precision="ieee")
         score, m = scores_of(
             fading, product, t[None, :], limits[None, :],
             ages[:, None], firsts[:, None], ends[:, None], biases[:, None], scale,

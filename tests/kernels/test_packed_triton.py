@@ -1,7 +1,10 @@
 """The Triton kernels against the definition: on a GPU compiled, else in Triton's interpreter."""
 
 import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy
 import pytest
@@ -34,7 +37,7 @@ def small_tiles(monkeypatch):
     from triton.runtime import interpreter
 
     tiles = {(size, 256): packed_triton.Tile(16, 16, 4, 1) for size in (2, 4)}
-    for name in ("FORWARD", "BACKWARD_QUERIES", "BACKWARD_KEYS"):
+    for name in ("FORWARD", "FORWARD_FEW", "BACKWARD_QUERIES", "BACKWARD_KEYS"):
         monkeypatch.setattr(packed_triton, name, tiles)
 
     def floats(handle):
@@ -347,6 +350,31 @@ def test_the_host_never_waits_for_the_device():
     inputs = drawn(steps=5, lengths=(20, 3))
     with NoWaiting():
         computed(inputs)
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_they_compile_for_a_gpu_whether_there_is_one_or_not(capability, tmp_path):
+    script = Path(__file__).parents[1] / "support/compile_triton.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, script, capability], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "compiled\n", done.stderr
+
+
+def test_a_reach_may_lie_in_memory_as_it_likes():
+    inputs = drawn()
+    turned = inputs | {"reach": inputs["reach"].T.contiguous().T}
+    assert not turned["reach"].is_contiguous()
+    assert torch.equal(packed_triton.forward(**inputs)[0], packed_triton.forward(**turned)[0])
+
+
+def test_heads_that_are_too_large_or_of_float64_are_refused():
+    with pytest.raises(ValueError, match=r"takes heads of up to 256 in 2 or 4 bytes, got 512 in torch.float32"):
+        packed_triton.forward(**drawn(size=512))
+    with pytest.raises(ValueError, match=r"got 16 in torch.float64"):
+        packed_triton.forward(**drawn(dtype=torch.float64))
 
 
 def test_without_triton_they_are_not_available(monkeypatch):
