@@ -44,7 +44,7 @@ TABLE4: dict[str, dict[str, int]] = {  # the paper's sizes; for instruction our 
     "instruction": {"layers": 6, "hidden": 512, "heads": 8, "feedforward": 2048, "vocabulary": 300, "block": 512,
                     "ramp": 64, "span": 16384},
     "collision": {"layers": 6, "hidden": 512, "heads": 4, "feedforward": 1024, "vocabulary": 84, "block": 256,
-                  "ramp": 128, "span": 16384},
+                  "ramp": 128, "span": 16384, "pre_norm": True},
     "enwik8": {"layers": 12, "hidden": 512, "heads": 8, "feedforward": 2048, "vocabulary": 256, "block": 512,
                "ramp": 128, "span": 16384},
     "pg19": {"layers": 12, "hidden": 512, "heads": 8, "feedforward": 2048, "vocabulary": 3507, "block": 512,
@@ -111,7 +111,8 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
     device = torch.device(case["device"])
     kernel = "definition" if case["form"] == "definition" else "auto"
     sizes = (case["vocabulary"], case["hidden"], case["heads"], case["feedforward"])
-    config = TransformerConfig(*sizes, kernel=kernel, recompute=case["recompute"])
+    pre_norm = case.get("pre_norm", False)
+    config = TransformerConfig(*sizes, kernel=kernel, recompute=case["recompute"], pre_norm=pre_norm)
     model = Transformer(config, [mechanism(case) for _ in range(case["layers"])]).to(device)
     if case["form"] == "sdpa":
         transformer.packed_span_attention = lambda *given, kernel, **fading: sdpa(*given, **fading)
@@ -139,7 +140,7 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
     saved = saved_bytes(step, [*model.parameters(), *(memory.hidden for memory in state["layers"])])
     survivors = sum(len(memory.time) for memory in state["layers"]) / case["layers"] / case["batch"]
     positions = max(each.positions for each in model.mechanisms)
-    cost = Step(**{name: case[name] for name in SIZES}, survivors=survivors, positions=positions)
+    cost = Step(**{name: case[name] for name in SIZES}, survivors=survivors, positions=positions, pre_norm=pre_norm)
     operations = sum(cost.operations().values())
     machine = Device("this machine", product_rate(device, case["precision"]), float("inf"))
     middle = statistics.median(times)
@@ -323,10 +324,12 @@ def cases(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def predicted(case: dict[str, Any], device: Device) -> str:
-    survivors = case["span"] * (1.0 if case["model"] == "trans_xl" else case["kept"])
+    shares = {"trans_xl": 1.0, "compressive": 7 / 16}  # see `mechanism`
+    survivors = case["span"] * shares.get(case["model"], case["kept"])
     positions = case["block"] if case["model"] == "expire_span" else case["span"]
     sizes = {name: case[name] for name in SIZES}
-    cost = Step(**sizes, survivors=survivors, positions=positions, bytes_each=2)
+    pre_norm = case.get("pre_norm", False)
+    cost = Step(**sizes, survivors=survivors, positions=positions, bytes_each=2, pre_norm=pre_norm)
     parts = ", ".join(f"{name} {each / 1e12:.3g}" for name, each in cost.operations().items())
     total = sum(cost.operations().values()) / 1e12
     name = case.get("task") or case["model"]
@@ -357,18 +360,20 @@ def main() -> None:
     parser.add_argument("--predict", action="store_true", help="operations, bytes and floor by the cost model alone")
     parser.add_argument("--folder", type=Path, help="where NAME.json, NAME.md and, with --preset span, NAME.png go")
     options = parser.parse_args()
+    own = {"model", "forms", "span", "survivors", *(CPU_SIZES if options.preset == "table4" else ["kept"])}
+    ignored = sorted(name for name in own if getattr(options, name) != parser.get_default(name))
+    if options.preset and ignored:
+        parser.error(f"--preset {options.preset} has values of its own for {', '.join(ignored)}; leave them away")
     chosen = cases(options)
     if options.predict:
         for case in chosen:
             print(predicted(case, H100))
         return
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.device}, {options.threads} thread"
-    first = chosen[0]
-    lines = [
-        f"A training step on {device}: {first['batch']} streams in blocks of {first['block']}, {first['precision']}; "
-        f"{first['layers']} layers of d {first['hidden']}.",
-        "",
-    ]
+    of = {case.get("task", "").partition(",")[0]: f"{case['layers']} layers of d {case['hidden']}, blocks of "
+          f"{case['block']}" for case in chosen}  # fmt: skip
+    words = "; ".join(f"{task}: {each}" if task else each for task, each in of.items())
+    lines = [f"A training step on {device}: {options.batch} streams, {options.precision}; {words}.", ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2)]
     print("\n".join(lines))
     found = []

@@ -29,6 +29,7 @@ class Step:
     survivors: float
     positions: int
     bytes_each: int = 4
+    pre_norm: bool = False  # memories are normalised, and so their keys and values have gradients of their inputs too
 
     def operations(self) -> dict[str, float]:
         """A product of (n, a) and (a, b) is 2 n a b operations; backward is twice that, but for inputs without any."""
@@ -37,7 +38,7 @@ class Step:
         near = self.block * self.batch * min(self.positions, self.survivors + self.block)
         layer = {
             "query, output": 3 * 2 * tokens * 2 * self.hidden**2,
-            "keys, values": (2 * memories + 3 * tokens) * 2 * 2 * self.hidden**2,
+            "keys, values": ((3 if self.pre_norm else 2) * memories + 3 * tokens) * 2 * 2 * self.hidden**2,
             "attention": 3 * 2 * 2 * pairs * self.hidden,
             "positions": 3 * 2 * near * self.hidden,
             "feed-forward": 3 * 2 * tokens * 2 * self.hidden * self.feedforward,

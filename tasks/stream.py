@@ -9,10 +9,10 @@ A task is any object with these five:
                          "line": those of one number in Batch.answer are, wherever blocks end
     stream(split, batch, block) -> Stream      "train" is endless; "valid" and "test" end with StopIteration
 
-and, where it grows harder as the model learns, `feedback(accuracy)`, `state_dict()` and `load_state_dict()`; where its
-measure is "bpb", `bytes_per_token(split)`: bits per token divided by it are bits per byte; `also`, the names of further
-measures to be told beside, such as "bpc"; `alphabet`, the characters or words that its tokens stand for, saved with a
-run; `data`, what a run's summary says of its data.
+and, where it grows harder as the model learns, `feedback(accuracy)` (not a number unless measure is accuracy or error),
+`state_dict()` and `load_state_dict()`; where its measure is "bpb", `bytes_per_token(split)`: bits per token divided by
+it are bits per byte; `also`, the names of further measures to be told beside, such as "bpc"; `alphabet`, the characters
+or words that its tokens stand for, saved with a run; `data`, what a run's summary says of its data.
 """
 
 from collections.abc import Iterator

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from expire_span.tasks.stream import IGNORED, Batch
 
 Figures = dict[str, float]
+SHARES = ("accuracy", "error")  # measures that are about right answers
 BINS = 40  # powers of two: a distance d counts in the bin of floor(log2 d)
 
 
@@ -117,12 +118,15 @@ class Answers:
         self.by_distance = ByDistance(device)
         self.begun: tuple[Tensor, ...] | None = None  # of each stream's last word, as `lines`
 
-    def add(self, losses: Tensor, best: Tensor, batch: Batch) -> None:
-        """losses (n,): nats of the targets that are asked for; best (B, T): what the model answers."""
+    def add(self, losses: Tensor, best: Tensor | None, batch: Batch) -> None:
+        """losses (n,): nats of the targets that are asked for; best (B, T): what the model answers, if that matters."""
+        self.nats += losses.sum()
+        self.counts[0] += (batch.targets != IGNORED).sum()
+        if best is None:
+            return
         of_lines = self.answer == "line"
         right, asked, distance = self.lines(best, batch) if of_lines else judged(best, batch, self.answer)
-        self.nats += losses.sum()
-        self.counts += torch.stack([(batch.targets != IGNORED).sum(), asked.sum(), (right & asked).sum()])
+        self.counts[1:] += torch.stack([asked.sum(), (right & asked).sum()])
         if distance is not None:
             self.by_distance.add(right, asked, distance)
 
@@ -152,7 +156,7 @@ class Answers:
         if self.answer == "line":
             words, right_words = self.words.tolist()
             figures["word_accuracy"] = share(right_words, words)
-        if measure in ("accuracy", "error"):
+        if measure in SHARES:
             shares = self.by_distance.shares()
             figures |= {f"{measure}_{name}": in_terms_of(measure, math.nan, right) for name, right in shares.items()}
         return figures

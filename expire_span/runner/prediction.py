@@ -4,6 +4,7 @@ A kind is a module with `source`, `step`, `interval` and `evaluate`; the other o
 """
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from expire_span.tasks.stream import IGNORED, Batch, Stream
 
 from .build import precision
-from .measures import Answers, Figures, Meter, in_terms_of, judged
+from .measures import SHARES, Answers, Figures, Meter, in_terms_of, judged
 
 if TYPE_CHECKING:
     from .training import Training
@@ -33,19 +34,26 @@ def step(training: "Training", alpha: float) -> tuple[Tensor, dict[str, Any]]:
     batch, number = next_asked(training)
     with precision(training.config, training.device):
         scores, training.state, figures = training.forward(batch.tokens, training.state, batch.reach)
-        losses, best = answered(training.model, scores, batch, number)  # (n,), (B, T)
-    loss = losses.mean()
-    right, asked, _ = judged(best, batch, training.task.answer)
-    span_loss = figures.pop("span_loss")
-    accuracy = (right & asked).sum() / asked.sum()
-    return loss + alpha * span_loss, {"train/loss": loss.detach(), "train/accuracy": accuracy, **figures}
+        losses, best = answered(training.model, scores, batch, number, training.task.measure)  # (n,), (B, T)
+    loss, span_loss = losses.mean(), figures.pop("span_loss")
+    figures["train/loss"] = loss.detach()
+    if best is not None:
+        right, asked, _ = judged(best, batch, training.task.answer)
+        figures["train/accuracy"] = (right & asked).sum() / asked.sum()
+    return loss + alpha * span_loss, figures
 
 
-def answered(model: Any, scores: Tensor, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
-    """Nats of the targets that are asked for, (n,), `number` of them, and what the model answers everywhere, (B, T)."""
+def answered(
+    model: Any, scores: Tensor, batch: Batch, number: int, measure: str
+) -> tuple[Tensor, Tensor | None]:
+    """Nats of the targets that are asked for, (n,), `number` of them, and what the model answers everywhere, (B, T).
+
+    The answers are None where the measure is not about them: of a large vocabulary the likeliest word is not for free.
+    """
     targets = batch.targets.flatten()
     rows = (targets != IGNORED).nonzero_static(size=number).squeeze(1)  # (n,): without waiting for the device
-    return model.output.losses(scores.flatten(0, 1)[rows], targets[rows]), model.output.best(scores.detach())
+    losses = model.output.losses(scores.flatten(0, 1)[rows], targets[rows])
+    return losses, model.output.best(scores.detach()) if measure in SHARES else None
 
 
 def asked_in(batch: Batch) -> int:
@@ -84,7 +92,7 @@ def evaluate(model: Any, task: Any, split: str, config: DictConfig, device: torc
         asked, batch = asked_in(batch), to_device(batch, device)
         with precision(config, device):
             scores, state, figures = model(batch.tokens, state, batch.reach)
-            answers.add(*answered(model, scores, batch, asked), batch)
+            answers.add(*answered(model, scores, batch, asked, task.measure), batch)
         del figures["span_loss"]
         timesteps = batch.tokens.shape[1]  # a last block may be shorter
         meter.add({"timesteps": timesteps, **{name: timesteps * figure for name, figure in figures.items()}})
@@ -99,7 +107,7 @@ def evaluate(model: Any, task: Any, split: str, config: DictConfig, device: torc
 
 def interval(training: "Training", means: Figures) -> Figures:
     """Training's own figures out of the means of what `step` gave; the task hears how well it went."""
-    task, accuracy = training.task, means.pop("train/accuracy")
+    task, accuracy = training.task, means.pop("train/accuracy", math.nan)
     figure = in_terms_of(task.measure, means["train/loss"], accuracy, bytes_per_token(task, "train"))
     figures = {**means, f"train/{task.measure}": figure}
     if hasattr(task, "feedback"):

@@ -1,9 +1,12 @@
-"""Answers that are lines of several words, wherever blocks end."""
+"""Answers that are lines of several words, wherever blocks end; and no answers where none are needed."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from expire_span import Transformer, TransformerConfig, TransXL
+from expire_span.heads import AdaptiveSoftmax
 from expire_span.runner.measures import Answers, judged
 from expire_span.runner.prediction import answered, asked_in
 from expire_span.tasks.stream import Batch
@@ -76,5 +79,20 @@ def test_right_are_the_lines_that_the_model_itself_writes():
             part = slice(start, start + 6)
             batch = Batch(tokens[:, part], targets[:, part], None, torch.ones_like(line[:, part]), line[:, part])
             scores, state, _ = model(batch.tokens, state, None)
-            answers.add(*answered(model, scores, batch, asked_in(batch)), batch)
+            answers.add(*answered(model, scores, batch, asked_in(batch), "accuracy"), batch)
         assert answers.figures("accuracy", 1.0)["accuracy"] == accuracy
+
+
+def test_the_likeliest_word_of_all_is_looked_for_only_where_right_answers_count(monkeypatch):
+    head = AdaptiveSoftmax(16, 40, [10, 20])
+    hidden, targets = torch.randn(2, 3, 16), torch.randint(40, (2, 3))
+    model, batch = SimpleNamespace(output=head), Batch(targets, targets)
+    losses, best = answered(model, hidden, batch, 6, "error")
+    assert torch.equal(best, head.log_p(hidden).argmax(-1))
+    monkeypatch.setattr(head, "best", None)
+    same, none = answered(model, hidden, batch, 6, "ppl")
+    assert torch.equal(same, losses)
+    assert none is None
+    answers = Answers("token", torch.device("cpu"))
+    answers.add(same, none, batch)
+    assert answers.figures("ppl", 1.0)["ppl"] == pytest.approx(losses.mean().exp().item())

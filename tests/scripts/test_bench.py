@@ -23,10 +23,11 @@ def cost_model(monkeypatch):
     return cost_model
 
 
-def test_the_cost_model_counts_the_operations_that_torch_counts(cost_model):
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_the_cost_model_counts_the_operations_that_torch_counts(cost_model, pre_norm):
     sizes = {"layers": 2, "hidden": 12, "heads": 3, "feedforward": 20, "vocabulary": 30, "batch": 2, "block": 8}
-    step = cost_model.Step(**sizes, survivors=32, positions=32)
-    config = TransformerConfig(30, 12, 3, 20, kernel="definition")
+    step = cost_model.Step(**sizes, survivors=32, positions=32, pre_norm=pre_norm)
+    config = TransformerConfig(30, 12, 3, 20, kernel="definition", pre_norm=pre_norm)
     model = Transformer(config, [TransXL(32) for _ in range(2)])
     past = dense(torch.randn(2, 32, 12), torch.arange(-32, 0))
     with FlopCounterMode(display=False) as counter:
@@ -39,6 +40,15 @@ def test_the_floor_is_the_slower_of_computing_and_moving(cost_model):
     step = cost_model.Step(**sizes, survivors=100, positions=8)
     assert step.floor(cost_model.Device("slow", 1e6, 1e30)) == sum(step.operations().values()) / 1e6
     assert step.floor(cost_model.Device("narrow", 1e30, 1e6)) == step.bytes() / 1e6
+
+
+def test_options_that_a_preset_would_not_heed_are_refused():
+    command = [sys.executable, str(SCRIPTS / "bench.py"), "--preset=table4", "--predict"]
+    predicted = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(predicted.splitlines()) == 12
+    assert "enwik8, compressive, span 16,384, 7,168 survivors" in predicted  # 4096 and 3072 pooled ones
+    refused = subprocess.run([*command, "--layers=2", "--span=64"], capture_output=True, text=True, check=False)
+    assert "--preset table4 has values of its own for layers, span; leave them away" in refused.stderr
 
 
 def test_the_benchmark_tells_a_ratio_and_leaves_its_figures(tmp_path):
