@@ -59,8 +59,8 @@ def job(config: DictConfig) -> None:
         texts = composition(config, hydra_config)
         config = checked(config)
         origin = origin_of(config, hydra_config, overrides)
-        if config.wandb.group is None and hydra_config.mode == RunMode.MULTIRUN:
-            config.wandb.group = Path(hydra_config.sweep.dir).name
+        if config.wandb.group is None and (folder.parent / "multirun.yaml").exists():  # Hydra's, of a sweep
+            config.wandb.group = folder.parent.name
         with lock(folder):
             figures = train(config, folder, command, origin, texts)
     for name, figure in figures.items():
@@ -102,10 +102,15 @@ def changed(config: DictConfig, overrides: list[str]) -> DictConfig:
 
 def evaluating(arguments: list[str]) -> list[str]:
     """With evaluate=RUN the keys are that run's, which `changed` knows, and not those of the default task."""
-    if not any(argument.startswith("evaluate=") for argument in arguments):
+    given = [argument for argument in arguments if argument.startswith("evaluate=")]
+    if not given:
         return arguments
     plain = re.compile(r"(?!hydra[./])[\w.]+\.[\w.]+=")  # section.key=value
-    return [f"++{argument}" if plain.match(argument) else argument for argument in arguments]
+    arguments = [f"++{argument}" if plain.match(argument) else argument for argument in arguments]
+    if not any(argument.startswith(("hydra.run.dir=", "-m", "--multirun")) for argument in arguments):
+        name = Path(given[0].partition("=")[2].strip("'\"")).name.replace("'", "")
+        arguments.append(f"hydra.run.dir='runs/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-evaluate-{name}'")
+    return arguments
 
 
 def resumed(arguments: list[str]) -> list[str]:

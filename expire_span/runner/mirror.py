@@ -1,6 +1,7 @@
 """Weights & Biases shows what metrics.jsonl holds. A run never depends on it."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -58,6 +59,8 @@ def start(config: DictConfig, name: str, run_id: str) -> Any:
     )
     if settings.mode != "auto":
         return init(mode=settings.mode)
+    if "WANDB_MODE" in os.environ:
+        return init()  # as it says
     try:
         if wandb.login(prompt=False):
             return init(mode="online")

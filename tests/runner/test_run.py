@@ -305,6 +305,12 @@ def test_evaluating_a_run_folder_gives_the_figures_that_training_ended_with(fold
     assert again.returncode == 0, again.stderr
     first, second = (json.loads((each / "summary.json").read_text()) for each in (folder, tmp_path / "again"))
     assert first["figures"]["test/loss"] == second["figures"]["test/loss"]
+    named = subprocess.run(
+        [sys.executable, "-m", "expire_span", f"evaluate={folder}", "splits=[test]"],
+        cwd=tmp_path, check=False, capture_output=True,
+    )  # fmt: skip
+    assert named.returncode == 0
+    assert [path.parent.name[9:] for path in tmp_path.glob("runs/*/*/summary.json")] == ["evaluate-run"]
     farther = command(f"evaluate={folder}", "task.distance=128", "evaluation.blocks=null", folder=tmp_path / "farther")
     assert farther.returncode == 0, farther.stderr
     assert "test/accuracy_distance_64_128" in json.loads((tmp_path / "farther" / "summary.json").read_text())["figures"]
