@@ -1,6 +1,6 @@
 """Expire-Span beside Transformer-XL, with the same memory and with all of it, on the copy task; on a CPU, in minutes.
 
-Trains the three, then prints a table of them and draws demo/copy.png. `make demo` calls it.
+Trains the three, then prints a table of them and draws demo/seed1/copy.png. `make demo` calls it.
 """
 
 import argparse
