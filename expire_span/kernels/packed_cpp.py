@@ -21,11 +21,10 @@ VECTORS = {"AVX2": AVX2, "AVX512": [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512b
 
 
 def command(compiler: str, target: Path) -> list[str]:
-    from torch.utils.cpp_extension import include_paths, library_paths  # imports much
-
     here = ["-DAT_PARALLEL_OPENMP=1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     here += VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
-    folders = [f"-I{each}" for each in include_paths()] + [f"-L{each}" for each in library_paths()]
+    home = Path(torch.__file__).parent  # torch.utils.cpp_extension knows it too, but warns where CUDA finds no device
+    folders = [f"-I{home / 'include'}", f"-L{home / 'lib'}"]
     return [*shlex.split(compiler), *FLAGS, *here, *folders, str(SOURCES[0]), "-o", str(target), "-ltorch_cpu", "-lc10"]
 
 
