@@ -9,12 +9,12 @@ from .packed import Memory
 class Mechanism(nn.Module):
     """How one layer treats its memories: how long each lives, and what that costs.
 
-    max_span     L, timesteps
-    ramp         R, timesteps over which a memory fades; 1 with whole spans is a hard edge
-    positions    rows of the position table: how far back, in timesteps, a memory's distance is told
-    rows         (P,) int64: the table's row for distance j + 1, where distances share some (None: row j)
-    random_drop  hide all memories farther than l ~ U(0, L) in training, one l a batch (section 4)
-    longest_block  timesteps; blocks of any length up to this can be processed
+    max_span       L, timesteps
+    ramp           R, timesteps over which a memory fades; 1 with whole spans is a hard edge
+    positions      rows of the position table: how far back, in timesteps, a memory's distance is told
+    rows           (P,) int64: the table's row for distance j + 1, where distances share some (None: row j)
+    random_drop    hide all memories farther than l ~ U(0, L) in training, one l a batch (section 4)
+    longest_block  timesteps: blocks of any length up to this can be processed
     """
 
     random_drop = False

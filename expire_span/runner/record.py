@@ -158,16 +158,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(path: Path, update: int, end: int) -> None:
-    """Forget what was logged after `update`, so that a run that resumes there logs it once; at the end, the end too."""
+    """Forget what was logged after `update`, so that a run that resumes there logs it once.
+
+    end: the last update; a run that resumes there logs its final figures again.
+    """
     if Path(path).exists():
-        lines = [(line, row) for line, row in _complete_lines(path) if row.get("update", update) <= update]
-        if update == end:  # its figures have times, as those of an interval, but no loss
-            lines = [(line, row) for line, row in lines if row.get("update") != end or _goes_on(row)]
-        _replace(Path(path), b"".join(line + b"\n" for line, _ in lines))
+        rows = [(line, row) for line, row in _complete_lines(path) if row.get("update", update) <= update]
+        kept = [line + b"\n" for line, row in rows if row.get("update") != end or not _final(row)]
+        _replace(Path(path), b"".join(kept))
 
 
-def _goes_on(row: Mapping[str, Any]) -> bool:
-    return "train/loss" in row or not any(name.startswith("perf/") for name in row)
+def _final(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of a run's end: that has times, as those of intervals, but no loss."""
+    return "train/loss" not in row and any(name.startswith("perf/") for name in row)
 
 
 def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
