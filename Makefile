@@ -1,6 +1,7 @@
-# make demo   three models on a laptop's CPU, a table and a picture of them
-# make test   the test suite          make test-slow   the training checks, minutes each
-# make check  ruff and mypy           make clean       remove what these made
+# make demo   three models on a laptop's CPU, and prints a table and a plot
+# make test   the test suite               make test-slow   the training checks, minutes each
+# make check  ruff check and format, mypy  make docs        the documentation, as a site in docs/_build
+# make bench  time and memory of a step    make clean       remove what these made
 #
 # The torch build (CPU or CUDA) is yours to choose: install it into .venv, or beside the python below, and setup takes it.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SUITABLE = import torch; v = torch.__version__.split("+")[0].split(".")[:2]; raise SystemExit((int(v[0]), int(v[1])) < (2, 11))
 
-.PHONY: setup demo test test-slow check bench clean
+.PHONY: setup demo test test-slow check docs bench clean
 
 setup: .venv/ready
 
@@ -32,7 +33,7 @@ demo: setup
 	$(BIN)/python scripts/demo.py
 
 test: setup .venv/triton
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 # CUDA builds of torch bring Triton along. Beside a CPU build it is for the tests of the kernels, in its interpreter.
 .venv/triton: .venv/ready
@@ -41,11 +42,23 @@ test: setup .venv/triton
 	@touch $@
 
 test-slow: setup
-	$(BIN)/pytest -m slow --durations=0
+	$(BIN)/pytest -n auto -m slow --durations=0
 
 check: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p .venv/typed/expire_span  # the package as it is installed, with tasks/ and conf/ inside it
+	@ln -sfn $(CURDIR)/expire_span/* $(CURDIR)/tasks $(CURDIR)/conf .venv/typed/expire_span
 	$(BIN)/mypy
 
+docs: setup .venv/docs
+	@$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "the documentation is in docs/_build/html/index.html"
+
+.venv/docs: .venv/ready
+	@$(BIN)/python -c 'import sphinx, myst_parser, furo, latex2mathml' 2>/dev/null \
+	  || $(BIN)/python -m pip install -q -c .venv/constraints.txt -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf .venv build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist demo docs/_build docs/_generated *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,48 +6,55 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .attention import fade
-from .memory.packed import Memory, dense
-from .transformer import Layer, State, Transformer
+from .attention import soft_mask
+from .memory.packed import from_dense
+from .transformer import State, Transformer, TransformerBlock
 
 
 @torch.no_grad()
-def remembered(model: Transformer, state: State) -> list[tuple[Tensor, Tensor]]:
-    """What each layer holds for the next query: the timesteps (N,) of its memories, and m of each, mean over heads."""
-    found = []
+def memory_contents(model: Transformer, state: State) -> list[tuple[Tensor, Tensor]]:
+    """Find what each layer remembers for the next query.
+
+    Args:
+        model: Any Transformer.
+        state: As returned by the model.
+
+    Returns:
+        For each layer, the timesteps (N,) of its memories and the soft mask m (N,) of each, averaged over the heads.
+    """
+    contents = []
     for layer, memory in zip(model.layers, state["layers"], strict=True):
-        layer = cast(Layer, layer)
-        m = fade((state["now"] - memory.time)[:, None], span_of(layer, memory), layer.memory.ramp).mean(1)  # (N,)
-        found.append((memory.time, m))
-    return found
-
-
-def span_of(layer: Layer, memory: Memory) -> Tensor:
-    """The spans of what a layer holds: (N or 1, H or 1), timesteps."""
-    return layer.memory.span(memory._replace(hidden=layer.norm_attention(memory.hidden)) if layer.pre_norm else memory)
+        layer = cast(TransformerBlock, layer)
+        span = layer.spans(layer.normalized(memory))  # (N, H or 1)
+        m = soft_mask((state["step"] - memory.time)[:, None], span, layer.mechanism.ramp).mean(1)  # (N,)
+        contents.append((memory.time, m))
+    return contents
 
 
 @torch.no_grad()
-def spans_over_time(
-    model: Transformer, blocks: Iterable[tuple[Tensor, Tensor | None]]
-) -> tuple[Tensor, Tensor]:  # figures 9 and 12
-    """The span that each layer gives to each timestep when it is made.
+def spans_over_time(model: Transformer, blocks: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
+    """Record the span that each layer gives to each timestep when it becomes a memory (figures 9 and 12).
 
-    blocks: pairs of tokens (B, T) and reach (B, T) or None, in their order in time. Returns the spans, in timesteps,
-    (layers, B, time), and the tokens (B, time).
+    Args:
+        model: In any mode; it is left in evaluation mode.
+        blocks: Pairs of tokens (B, T) and reach (B, T) or None, in order of time.
+
+    Returns:
+        The spans (layers, B, time) in timesteps, averaged over the heads, and the tokens (B, time).
     """
     spans: list[list[Tensor]] = [[] for _ in model.layers]
 
-    def listen(number: int):
-        def look(layer: Layer, arguments: tuple) -> None:
-            hidden = arguments[0]  # (B, T, d), what enters the layer
-            samples, block, _ = hidden.shape
-            span = span_of(layer, dense(hidden, torch.arange(block, device=hidden.device))).mean(1)  # (B T or 1,)
-            spans[number].append(span.expand(samples * block).view(samples, block))
+    def record_spans(layer_index: int):
+        def hook(layer: TransformerBlock, inputs: tuple) -> None:
+            hidden = inputs[0]  # (B, T, d)
+            batch_size, block_size, _ = hidden.shape
+            memory = from_dense(hidden, torch.arange(block_size, device=hidden.device))
+            span = layer.spans(layer.normalized(memory)).mean(1)  # (B T,)
+            spans[layer_index].append(span.view(batch_size, block_size))
 
-        return look
+        return hook
 
-    hooks = [layer.register_forward_pre_hook(listen(number)) for number, layer in enumerate(model.layers)]
+    hooks = [layer.register_forward_pre_hook(record_spans(index)) for index, layer in enumerate(model.layers)]
     tokens, state = [], None
     try:
         for block, reach in blocks:

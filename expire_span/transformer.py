@@ -1,4 +1,4 @@
-"""The one model: a decoder-only stack whose layers remember (section 3). Its memories decide which model it is."""
+"""The model: a decoder-only Transformer whose layers have memories (section 3). Models differ in mechanism only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,313 +6,316 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear, relu
+from torch.nn.functional import dropout, relu
 from torch.utils.checkpoint import checkpoint
 
-from .attention import NEVER, fade, packed_span_attention, samples_of
-from .heads import AdaptiveSoftmax, Softmax
-from .kernels.operator import KERNELS
-from .memory.mechanism import Mechanism, memory_size, reached
-from .memory.packed import Memory, beside, dense, empty, select
+from .attention import soft_mask
+from .kernels.dispatch import BACKENDS
+from .kernels.packed_layout import NEVER, sample_index
+from .memory.mechanism import Mechanism, memory_size, visible_distances
+from .memory.packed import Memory, concatenate_parts, empty, from_dense, keep_rows
+from .memory_attention import MemoryAttention
+from .output_heads import AdaptiveSoftmax, LinearHead
 
-State = dict[str, Any]
+State = dict[str, Any]  # "step": the next timestep; "layers": the Memory of each; "weights_fingerprint": of its cache
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The sizes of a Transformer; its depth is the number of memories that it is given.
+    """Sizes and options of a Transformer. Its depth is the number of mechanisms that it is given.
 
-    vocabulary         different input tokens; classes: different outputs (None: the vocabulary)
-    cutoffs            adaptive softmax and input: word numbers from which embeddings get smaller (None: all alike)
-    dropout            share dropped of the attention weights and after the ReLU
-    embedding_dropout  share dropped of the embeddings and of the last layer's output
-    embedding_init     standard deviation of the embeddings at the start (None: hidden_size ** -0.5); not with cutoffs
-    pre_norm           normalise what enters a sublayer; else what leaves it, after the residual
-    kernel             of the attention, see `packed_span_attention`
-    recompute          keep nothing of a layer for the backward pass but what enters it, and compute it again
+    Args:
+        vocab_size: Number of input tokens.
+        hidden_size: d.
+        num_heads: H, must divide d.
+        feedforward_size: Width of the feed-forward layers.
+        num_classes: Number of outputs (None: vocab_size).
+        cutoffs: Token ids at which the embeddings of an adaptive softmax and input get smaller (None: all alike).
+        dropout: Of the attention weights and after the ReLU.
+        embedding_dropout: Of the embeddings and of the last layer's output.
+        embedding_std: Initial standard deviation of the embeddings (None: hidden_size ** -0.5); not with cutoffs.
+        pre_norm: Normalize the input of each sublayer, instead of its output after the residual.
+        attention_backend: The backend of `packed_span_attention`.
+        activation_checkpointing: Save only the input of each layer for the backward pass, and recompute the rest.
     """
 
-    vocabulary: int
+    vocab_size: int
     hidden_size: int
-    heads: int
+    num_heads: int
     feedforward_size: int
-    classes: int | None = None
+    num_classes: int | None = None
     cutoffs: Sequence[int] | None = None
     dropout: float = 0.0
     embedding_dropout: float = 0.0
-    embedding_init: float | None = None
+    embedding_std: float | None = None
     pre_norm: bool = False
-    kernel: str = "auto"
-    recompute: bool = False
+    attention_backend: str = "auto"
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.hidden_size % self.heads:
+        if self.num_heads < 1 or self.hidden_size % self.num_heads:
             raise ValueError(
-                f"transformer.heads must divide transformer.hidden_size, got {self.heads} heads for {self.hidden_size}"
+                f"transformer.num_heads must divide transformer.hidden_size={self.hidden_size}, got {self.num_heads}"
             )
         for name in ("dropout", "embedding_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"transformer.{name} must lie between 0 and 1, got {getattr(self, name)}")
-        if self.kernel not in KERNELS:
-            raise ValueError(f"transformer.kernel must be one of {', '.join(KERNELS)}, got {self.kernel}")
-        if self.embedding_init is not None and not self.embedding_init > 0:
-            raise ValueError(f"transformer.embedding_init must be positive, got {self.embedding_init}; or null")
+        if self.attention_backend not in BACKENDS:
+            backends = ", ".join(BACKENDS)
+            raise ValueError(f"transformer.attention_backend must be one of {backends}, got {self.attention_backend}")
+        if self.embedding_std is not None and not self.embedding_std > 0:
+            raise ValueError(f"transformer.embedding_std must be positive or null, got {self.embedding_std}")
 
 
-class Projection(torch.autograd.Function):
-    """Keys and values (N, d) of hidden states (N, d): parts (n, d), one after another.
+class TransformerBlock(nn.Module):
+    """Attention to the memories and the block, then feed-forward; the hidden states that enter become memories.
 
-    Only the parts are kept for the backward pass, as they are there anyway; and only those that want a gradient get it.
+    Args:
+        mechanism: How this layer treats its memories.
+        config: Sizes and options.
     """
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, key: Tensor, value: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(key, value, *parts)
-        return linear(hidden, key), linear(hidden, value)
-
-    @staticmethod
-    def backward(ctx: Any, of_key: Tensor, of_value: Tensor) -> tuple[Tensor | None, ...]:
-        key, value, *parts = (each.to(of_key.dtype) for each in ctx.saved_tensors)
-        sizes = [len(part) for part in parts]
-        by_part = list(zip(of_key.split(sizes), of_value.split(sizes), parts, strict=True))
-        weights = [sum(each[number].T @ each[2] for each in by_part) for number in (0, 1)]
-        needed = zip(by_part, ctx.needs_input_grad[3:], strict=True)
-        return None, *weights, *(k @ key + v @ value if wanted else None for (k, v, _), wanted in needed)
-
-
-class MemoryAttention(nn.Module):
-    """Multi-head attention to packed memories, with one table of relative positions for all heads."""
-
-    def __init__(self, hidden_size: int, heads: int, dropout: float = 0.0, kernel: str = "auto"):
-        super().__init__()
-        self.heads, self.dropout, self.kernel = heads, dropout, kernel
-        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.value = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
-
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (N, H, D) of hidden states (N, d)."""
-        return self.by_head(self.key(hidden)), self.by_head(self.value(hidden))
-
-    def project_parts(self, hidden: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The same, of parts that stand one after another in hidden."""
-        key, value = Projection.apply(hidden, self.key.weight, self.value.weight, *parts)
-        return self.by_head(key), self.by_head(value)
-
-    def by_head(self, states: Tensor) -> Tensor:  # (..., d) -> (..., H, D)
-        return states.unflatten(-1, (self.heads, -1))
-
-    def forward(self, hidden: Tensor, key: Tensor, value: Tensor, offsets: Tensor, **fading: Any) -> Tensor:
-        """hidden (B, T, d) looks at what `project` gave; the rest as for `packed_span_attention`. Returns (B, T, d)."""
-        query = self.by_head(self.query(hidden)).transpose(1, 2)  # (B, H, T, D)
-        rate = self.dropout if self.training else 0.0
-        fading |= {"dropout": rate, "kernel": self.kernel}
-        out = packed_span_attention(query, key, value, offsets, **fading)  # (B, H, T, D)
-        return self.output(out.transpose(1, 2).flatten(2))
-
-
-class Layer(nn.Module):
-    """Attention to the memories and the block, then feed-forward; afterwards the block joins the memories."""
-
-    def __init__(self, memory: Mechanism, config: TransformerConfig):
+    def __init__(self, mechanism: Mechanism, config: TransformerConfig):
         super().__init__()
         size = config.hidden_size
-        self.memory, self.dropout, self.pre_norm = memory, config.dropout, config.pre_norm
-        self.attention = MemoryAttention(size, config.heads, config.dropout, config.kernel)
-        self.feedforward_in = nn.Linear(size, config.feedforward_size)
-        self.feedforward_out = nn.Linear(config.feedforward_size, size)
-        self.norm_attention = nn.LayerNorm(size)
-        self.norm_feedforward = nn.LayerNorm(size)
-
-    def feedforward(self, hidden: Tensor) -> Tensor:
-        inner = relu(self.feedforward_in(hidden), inplace=True)  # (B, T, feedforward_size)
-        return self.feedforward_out(dropout(inner, self.dropout, self.training))
-
-    def seen(self, memory: Memory) -> Memory:
-        """As attention sees it."""
-        return memory._replace(hidden=self.norm_attention(memory.hidden)) if self.pre_norm else memory
-
-    def spans(self, seen: Memory) -> Tensor:
-        return self.memory.span(seen).expand(len(seen.time), -1)  # (N, H or 1)
-
-    def projected(self, memory: Memory) -> Memory:
-        """With the keys, values and spans of what it holds."""
-        if memory.projected is not None:
-            return memory
-        seen = self.seen(memory)
-        return memory._replace(projected=(*self.attention.project(seen.hidden), self.spans(seen)))
-
-    def entries(self, *parts: Memory) -> Memory:
-        """All that can be seen, with keys, values and spans: in training made of all at once, else when each enters."""
-        if not torch.is_grad_enabled():
-            return beside(*(self.projected(part) for part in parts))
-        seen = [self.seen(part) for part in parts]
-        states = [part.hidden for part in seen]
-        entries = beside(*(part._replace(hidden=part.hidden.detach()) for part in parts))
-        hidden = torch.cat(states).detach() if self.pre_norm else entries.hidden
-        key, value = self.attention.project_parts(hidden, states)
-        return entries._replace(projected=(key, value, torch.cat([self.spans(part) for part in seen])))
+        self.mechanism, self.dropout, self.pre_norm = mechanism, config.dropout, config.pre_norm
+        self.attention = MemoryAttention(size, config.num_heads, config.dropout, config.attention_backend)
+        self.up_proj = nn.Linear(size, config.feedforward_size)
+        self.down_proj = nn.Linear(config.feedforward_size, size)
+        self.attention_norm = nn.LayerNorm(size)
+        self.feedforward_norm = nn.LayerNorm(size)
 
     def forward(
         self,
         hidden: Tensor,
         memory: Memory,
-        now: Tensor,
+        step: Tensor,
         position: Tensor,
         reach: Tensor | None,
-        episode: Tensor | None,
+        episode_reach: Tensor | None,
     ) -> tuple[Tensor, Memory, Tensor, dict[str, Tensor]]:
-        """hidden (B, T, d), whose first timestep is `now`; reach (B, T): what is seen; episode (B, T): what is kept.
+        """Process one block.
 
-        Returns the layer's output (B, T, d), all that it could see (N rows), which of them are kept (N,), and figures.
+        Args:
+            hidden: (B, T, d).
+            memory: The memories of this layer, from earlier blocks.
+            step: Scalar, the timestep of the block's first query.
+            position: (n, D), the table of relative positions.
+            reach: (B, T), timesteps up to which each query sees (None: all).
+            episode_reach: (B, T), the same without random drop: memories beyond it are deleted (None: none are).
+
+        Returns:
+            The output (B, T, d), everything that the block attended to (N rows), which of these rows to keep (N,), and
+            the layer's metrics.
         """
-        samples, block, _ = hidden.shape
-        time = now + torch.arange(block, device=hidden.device)  # (T,)
-        pooled = self.memory.pool(memory, time)
-        entries = self.entries(memory, *([] if pooled is None else [pooled]), dense(hidden, time))  # N rows
-        assert entries.projected is not None
-        key, value, span = entries.projected  # (N, H, D) twice, (N, H or 1)
-        sample, age = samples_of(entries.offsets, len(entries.time)), now - entries.time  # (N,)
+        batch_size, block_size, _ = hidden.shape
+        time = step + torch.arange(block_size, device=hidden.device)  # (T,)
+        pooled = self.mechanism.pool(memory, time)
+        block = from_dense(hidden, time)
+        attended = self.attended(*([memory, block] if pooled is None else [memory, pooled, block]))  # N rows
+        age = step - attended.time  # (N,)
 
-        attended = self.attention(
-            self.norm_attention(hidden) if self.pre_norm else hidden,
-            key,
-            value,
-            entries.offsets,
+        attention_output = self.attention(
+            self.attention_norm(hidden) if self.pre_norm else hidden,
+            attended,
             age=age,
-            span=span,
-            ramp=self.memory.ramp,
-            position=position[: self.memory.positions],
-            rows=self.memory.rows,
+            ramp=self.mechanism.ramp,
+            position=position[: self.mechanism.num_positions],
+            rows=self.mechanism.rows,
             reach=reach,
-            born=entries.born,
-        )
+        )  # (B, T, d)
         if self.pre_norm:
-            hidden = hidden + attended
-            hidden = hidden + self.feedforward(self.norm_feedforward(hidden))
+            hidden = hidden + attention_output
+            hidden = hidden + self.feedforward(self.feedforward_norm(hidden))
         else:
-            hidden = self.norm_attention(hidden + attended)
-            hidden = self.norm_feedforward(hidden + self.feedforward(hidden))
+            hidden = self.attention_norm(hidden + attention_output)
+            hidden = self.feedforward_norm(hidden + self.feedforward(hidden))
 
-        nearest, farthest = reached(age, entries.born, sample, block, reach)
-        loss = self.memory.loss(span, nearest, farthest, samples, block)
+        assert attended.kv is not None
+        span = attended.kv[2]  # (N, H or 1)
+        sample = sample_index(attended.offsets, len(age))  # (N,)
+        nearest, farthest = visible_distances(age, attended.min_distance, sample, block_size, reach)  # (N,) each
+        metrics = {"span_loss": self.mechanism.loss(span, nearest, farthest, batch_size, block_size)}
         with torch.no_grad():
-            kept = (fade((age + block)[:, None], span, self.memory.ramp) > 0).any(-1)  # (N,)
-            kept = kept & (entries.born < NEVER)
-            if episode is not None:
-                kept = kept & (age + block - 1 <= episode[:, -1][sample])  # an earlier episode's never come back
-            fresh = (entries.time >= now)[:, None]
-            figures = {
-                "size": memory_size(span, self.memory.ramp, nearest, farthest, samples * block),
-                "span": (span * fresh).sum(0).mean() / (samples * block),
-            }
-        figures["loss"] = loss
-        return hidden, entries, kept, figures
+            m = soft_mask((age + block_size)[:, None], span, self.mechanism.ramp)  # (N, H or 1), for the next block
+            keep = (m > 0).any(-1) & (attended.min_distance < NEVER)  # (N,)
+            if episode_reach is not None:
+                keep = keep & (age + block_size - 1 <= episode_reach[:, -1][sample])
+            num_queries = batch_size * block_size
+            is_new = (attended.time >= step)[:, None]  # (N, 1)
+            metrics["memory_size"] = memory_size(span, self.mechanism.ramp, nearest, farthest, num_queries)
+            metrics["span"] = (span * is_new).sum(0).mean() / num_queries
+        return hidden, attended, keep, metrics
+
+    def attended(self, *memories: Memory) -> Memory:
+        """Concatenate the memories and the block as parts, with keys, values and spans.
+
+        Training projects all of them in one matmul; evaluation reuses the cached projections.
+        """
+        if not torch.is_grad_enabled():
+            return concatenate_parts(*(self.with_kv(memory) for memory in memories))
+        normalized = [self.normalized(memory) for memory in memories]
+        hidden_parts = [memory.hidden for memory in normalized]
+        parts = concatenate_parts(*(memory._replace(hidden=memory.hidden.detach()) for memory in memories))
+        hidden = torch.cat(hidden_parts).detach() if self.pre_norm else parts.hidden
+        key, value = self.attention.keys_and_values_of_parts(hidden, hidden_parts)
+        return parts._replace(kv=(key, value, torch.cat([self.spans(memory) for memory in normalized])))
+
+    def with_kv(self, memory: Memory) -> Memory:
+        """Return the memory with its keys, values and spans, which are computed unless they are cached."""
+        if memory.kv is not None:
+            return memory
+        normalized = self.normalized(memory)
+        key, value = self.attention.keys_and_values(normalized.hidden)
+        return memory._replace(kv=(key, value, self.spans(normalized)))
+
+    def normalized(self, memory: Memory) -> Memory:
+        """Return the memory as projections and spans see it: normalized in a pre-norm model."""
+        return memory._replace(hidden=self.attention_norm(memory.hidden)) if self.pre_norm else memory
+
+    def spans(self, normalized: Memory) -> Tensor:
+        """Return the spans of a normalized memory, (N, H or 1), in timesteps."""
+        return self.mechanism.span(normalized).expand(len(normalized.time), -1)
+
+    def feedforward(self, hidden: Tensor) -> Tensor:
+        inner = relu(self.up_proj(hidden), inplace=True)  # (B, T, feedforward_size)
+        return self.down_proj(dropout(inner, self.dropout, self.training))
 
 
 class Transformer(nn.Module):
-    """Tokens in, scores out, and the memories carried from block to block.
+    """Tokens in, logits out, with memories carried from block to block.
 
-    memory: one mechanism a layer, for example [ExpireSpan(...) for _ in range(layers)].
+    Args:
+        config: Sizes and options.
+        mechanisms: One per layer, such as [ExpireSpan(...) for _ in range(num_layers)].
     """
 
-    def __init__(self, config: TransformerConfig, memory: Sequence[Mechanism]):
+    def __init__(self, config: TransformerConfig, mechanisms: Sequence[Mechanism]):
         super().__init__()
-        if not memory:
-            raise ValueError("memory must be one mechanism a layer, as [ExpireSpan(...) for _ in range(4)]; got none")
+        if not mechanisms:
+            raise ValueError("mechanisms must be one per layer, as in [ExpireSpan(...) for _ in range(4)]; got none")
         self.config = config
         size = config.hidden_size
         if config.cutoffs is None:
-            self.embedding = nn.Embedding(config.vocabulary, size)
-        self.position = nn.Parameter(torch.empty(max(each.positions for each in memory), size // config.heads))
-        self.layers = nn.ModuleList(Layer(each, config) for each in memory)
+            self.embedding = nn.Embedding(config.vocab_size, size)
+        num_positions = max(mechanism.num_positions for mechanism in mechanisms)
+        self.position = nn.Parameter(torch.empty(num_positions, size // config.num_heads))  # (n, D), for all layers
+        self.layers = nn.ModuleList(TransformerBlock(mechanism, config) for mechanism in mechanisms)
         self.norm = nn.LayerNorm(size) if config.pre_norm else nn.Identity()
-        self.output: Softmax | AdaptiveSoftmax
+        self.output_head: LinearHead | AdaptiveSoftmax
         if config.cutoffs is None:
-            self.output = Softmax(size, config.vocabulary if config.classes is None else config.classes)
-            std = size**-0.5 if config.embedding_init is None else config.embedding_init
+            self.output_head = LinearHead(size, config.vocab_size if config.num_classes is None else config.num_classes)
+            std = size**-0.5 if config.embedding_std is None else config.embedding_std
             nn.init.normal_(self.embedding.weight, std=std)
         else:
-            self.output = AdaptiveSoftmax(size, config.vocabulary, config.cutoffs)
-        self.farthest_drop = max(each.max_span if each.random_drop else 0 for each in memory)  # L of the random drop
+            self.output_head = AdaptiveSoftmax(size, config.vocab_size, config.cutoffs)
+        self.max_random_span = max(mechanism.max_span if mechanism.random_drop else 0 for mechanism in mechanisms)
         nn.init.normal_(self.position)
 
     @property
     def mechanisms(self) -> list[Mechanism]:
-        """One a layer."""
-        return [cast(Layer, layer).memory for layer in self.layers]
+        """The memory mechanism of each layer."""
+        return [cast(TransformerBlock, layer).mechanism for layer in self.layers]
 
-    def initial_state(self, samples: int) -> State:
-        """No memories yet, at timestep 0."""
-        now = torch.zeros((), dtype=torch.long, device=self.position.device)
-        return {"now": now, "layers": [empty(samples, self.config.hidden_size, self.position) for _ in self.layers]}
-
-    @property
-    def remembers_projections(self) -> bool:
-        """Whether each memory's keys, values and span are made once, when it enters: so while no weight changes."""
-        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-
-    def weights_version(self) -> list[tuple[int, int]]:
-        """Others for other weights. A change in place by `.data` or a fused optimiser is not seen."""
-        return [(each.data_ptr(), each._version) for each in self.parameters()] if self.remembers_projections else []
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """(B, T, d), of tokens (B, T), of F fields a timestep (B, T, F), or of floating bags (B, T, vocabulary)."""
-        if tokens.is_floating_point():
-            return tokens.to(self.embedding.weight.dtype) @ self.embedding.weight
-        embedded = self.output.embed(tokens) if isinstance(self.output, AdaptiveSoftmax) else self.embedding(tokens)
-        return embedded if tokens.dim() == 2 else embedded.sum(2)
+    def initial_state(self, batch_size: int) -> State:
+        """Return the state at timestep 0, in which all memories are empty."""
+        step = torch.zeros((), dtype=torch.long, device=self.position.device)
+        memories = [empty(batch_size, self.config.hidden_size, like=self.position) for _ in self.layers]
+        return {"step": step, "layers": memories}
 
     def forward(
         self, tokens: Tensor, state: State, reach: Tensor | None = None
     ) -> tuple[Tensor, State, dict[str, Any]]:
-        """One block.
+        """Process one block.
 
-        tokens (B, T) or (B, T, F), or a bag of tokens (B, T, vocabulary), see `embed`; reach (B, T): timesteps since
-        the episode began, before which nothing is seen or kept (None: one endless episode). Returns the scores
-        (B, T, classes), or what an adaptive softmax wants in their place; the detached state for the next block; and
-        figures: span_loss (alpha included, differentiable), memory/size, memory/span, memory/size_layer_N and
-        memory/bytes.
+        Args:
+            tokens: (B, T), (B, T, F) or (B, T, vocab_size), see `embed`.
+            state: From `initial_state` or from the previous block.
+            reach: (B, T), timesteps since the episode began: what is older is neither seen nor kept (None: one endless
+                episode).
+
+        Returns:
+            The logits (B, T, num_classes), or with an adaptive softmax the hidden states (B, T, d), for `output_head`;
+            the detached state for the next block; and the metrics of `aggregate_metrics`.
         """
-        hidden = dropout(self.embed(tokens), self.config.embedding_dropout, self.training)
+        hidden = dropout(self.embed(tokens), self.config.embedding_dropout, self.training)  # (B, T, d)
 
-        samples, block = hidden.shape[:2]
-        episode = reach
-        if self.farthest_drop and self.training:
-            drawn = torch.randint(self.farthest_drop + 1, (1, 1))  # one for all samples and layers
-            limit = drawn.to(hidden.device, non_blocking=True)
-            reach = limit.expand(samples, block) if reach is None else torch.minimum(reach, limit)
+        batch_size, block_size = hidden.shape[:2]
+        episode_reach = reach
+        if self.max_random_span and self.training:  # random drop, section 4.2
+            limit = torch.randint(self.max_random_span + 1, (1, 1))  # l, one for all samples and layers
+            limit = limit.to(hidden.device, non_blocking=True)
+            reach = limit.expand(batch_size, block_size) if reach is None else torch.minimum(reach, limit)
 
-        version, memories = self.weights_version(), state["layers"]
-        if not self.remembers_projections or state.get("weights") != version:  # their keys and values are not true
-            memories = [memory._replace(projected=None) for memory in memories]
-        entries, kept, figures = [], [], []
+        fingerprint = self.weights_fingerprint() if self.uses_kv_cache else []
+        memories = state["layers"]
+        if not self.uses_kv_cache or state.get("weights_fingerprint") != fingerprint:
+            memories = [memory._replace(kv=None) for memory in memories]  # the cached keys belong to other weights
+        attended, keep, layer_metrics = [], [], []
         for layer, memory in zip(self.layers, memories, strict=True):
-            given = (hidden, memory, state["now"], self.position, reach, episode)
-            if self.config.recompute and torch.is_grad_enabled():
-                hidden, seen, which, about = checkpoint(layer, *given, use_reentrant=False)
+            inputs = (hidden, memory, state["step"], self.position, reach, episode_reach)
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                hidden, layer_attended, layer_keep, metrics = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                hidden, seen, which, about = layer(*given)
-            entries.append(seen if self.remembers_projections else seen._replace(projected=None))
-            kept.append(which)
-            figures.append(about)
-        totals = torch.stack([which.sum() for which in kept]).tolist()  # a device is waited for here, and only here
-        memories = [select(*each) for each in zip(entries, kept, totals, strict=True)]
+                hidden, layer_attended, layer_keep, metrics = layer(*inputs)
+            attended.append(layer_attended if self.uses_kv_cache else layer_attended._replace(kv=None))
+            keep.append(layer_keep)
+            layer_metrics.append(metrics)
+        num_kept = torch.stack([mask.sum() for mask in keep]).tolist()  # the only time that the device is waited for
+        memories = [keep_rows(*layer_rows) for layer_rows in zip(attended, keep, num_kept, strict=True)]
 
         hidden = dropout(self.norm(hidden), self.config.embedding_dropout, self.training)
-        carried = {"now": state["now"] + block, "layers": memories, "weights": version}
-        return self.output(hidden), carried, summed_up(figures, memories)
+        next_state = {"step": state["step"] + block_size, "layers": memories, "weights_fingerprint": fingerprint}
+        return self.output_head(hidden), next_state, aggregate_metrics(layer_metrics, memories)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed the input.
+
+        Args:
+            tokens: (B, T), or (B, T, F) for F fields per timestep, whose embeddings are summed, or multi-hot floats
+                (B, T, vocab_size).
+
+        Returns:
+            (B, T, d)
+        """
+        if tokens.is_floating_point():
+            return tokens.to(self.embedding.weight.dtype) @ self.embedding.weight
+        if isinstance(self.output_head, AdaptiveSoftmax):
+            embedded = self.output_head.embed(tokens)
+        else:
+            embedded = self.embedding(tokens)
+        return embedded if tokens.dim() == 2 else embedded.sum(2)
+
+    @property
+    def uses_kv_cache(self) -> bool:
+        """Whether memories keep their keys, values and spans: in evaluation without gradients, uncompiled."""
+        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+    def weights_fingerprint(self) -> list[tuple[int, int]]:
+        """Return a fingerprint that changes with the weights, except by writes to `.data` or a fused optimizer."""
+        return [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
 
 
-def summed_up(figures: list[dict[str, Tensor]], memories: list[Memory]) -> dict[str, Any]:
-    """The layers' figures as the model's: the loss summed, sizes and spans meaned, a stream's bytes but projections."""
-    sizes = [each["size"] for each in figures]
-    state_bytes = sum(tensor.numel() * tensor.element_size() for memory in memories for tensor in memory[:4])
+def aggregate_metrics(layer_metrics: list[dict[str, Tensor]], memories: list[Memory]) -> dict[str, Any]:
+    """Combine the metrics of all layers.
+
+    Args:
+        layer_metrics: As returned by each layer.
+        memories: What each layer keeps.
+
+    Returns:
+        span_loss: The sum of the layers' span losses, differentiable, with alpha.
+        memory/size: Average memory size |C_t| (sections 3 and 4.1), the mean over queries, samples, heads and layers.
+        memory/size_layer_N: The same for layer N.
+        memory/span: Average span of the block's hidden states, timesteps.
+        memory/bytes: Size of the carried memories per sample, without cached keys, values and spans.
+    """
+    sizes = [metrics["memory_size"] for metrics in layer_metrics]
+    num_bytes = sum(tensor.numel() * tensor.element_size() for memory in memories for tensor in memory[:4])
     return {
-        "span_loss": torch.stack([each["loss"] for each in figures]).sum(),
+        "span_loss": torch.stack([metrics["span_loss"] for metrics in layer_metrics]).sum(),
         "memory/size": torch.stack(sizes).mean(),
-        "memory/span": torch.stack([each["span"] for each in figures]).mean(),
-        "memory/bytes": state_bytes / (len(memories[0].offsets) - 1),
-        **{f"memory/size_layer_{number}": size for number, size in enumerate(sizes)},
+        "memory/span": torch.stack([metrics["span"] for metrics in layer_metrics]).mean(),
+        "memory/bytes": num_bytes / (len(memories[0].offsets) - 1),
+        **{f"memory/size_layer_{index}": size for index, size in enumerate(sizes)},
     }

@@ -1,11 +1,11 @@
-"""What a training step must cost at least: operations and bytes, from the sizes and the number of survivors."""
+"""A lower bound of the cost of a training step: operations and bytes, from the sizes and the number of memories."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Device:
-    """flops: multiplications and additions a second of a large matrix product; bandwidth: bytes a second."""
+    """flops: multiplications and additions per second of a large matrix product; bandwidth: bytes per second."""
 
     name: str
     flops: float
@@ -16,44 +16,44 @@ H100 = Device("H100 (65 % of 989 TFLOP/s bf16, 85 % of 3.35 TB/s)", 0.65 * 989e1
 
 
 @dataclass(frozen=True)
-class Step:
-    """One block of all streams, forward and backward. survivors: memories of a stream in a layer, on average."""
+class TrainStepCost:
+    """One block of all streams, forward and backward. num_memories: per stream and layer, on average."""
 
-    layers: int
-    hidden: int
-    heads: int
-    feedforward: int
-    vocabulary: int
-    batch: int
-    block: int
-    survivors: float
-    positions: int
-    bytes_each: int = 4
-    pre_norm: bool = False  # memories are normalised, and so their keys and values have gradients of their inputs too
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    feedforward_size: int
+    vocab_size: int
+    batch_size: int
+    block_size: int
+    num_memories: float
+    num_positions: int
+    bytes_per_number: int = 4
+    pre_norm: bool = False  # keys and values of memories then also need the gradient of their (normalized) inputs
 
     def operations(self) -> dict[str, float]:
-        """A product of (n, a) and (a, b) is 2 n a b operations; backward is twice that, but for inputs without any."""
-        tokens, memories = self.batch * self.block, self.batch * self.survivors
-        pairs = self.block * (memories + tokens)  # of query and key, in all heads together d wide
-        near = self.block * self.batch * min(self.positions, self.survivors + self.block)
+        """By part. A product of (n, a) and (a, b) is 2 n a b operations, and as many for each gradient."""
+        tokens, memories = self.batch_size * self.block_size, self.batch_size * self.num_memories
+        pairs = self.block_size * (memories + tokens)  # of queries and keys; all heads together are d wide
+        with_position = self.block_size * self.batch_size * min(self.num_positions, self.num_memories + self.block_size)
         layer = {
-            "query, output": 3 * 2 * tokens * 2 * self.hidden**2,
-            "keys, values": ((3 if self.pre_norm else 2) * memories + 3 * tokens) * 2 * 2 * self.hidden**2,
-            "attention": 3 * 2 * 2 * pairs * self.hidden,
-            "positions": 3 * 2 * near * self.hidden,
-            "feed-forward": 3 * 2 * tokens * 2 * self.hidden * self.feedforward,
+            "query, output": 3 * 2 * tokens * 2 * self.hidden_size**2,
+            "keys, values": ((3 if self.pre_norm else 2) * memories + 3 * tokens) * 2 * 2 * self.hidden_size**2,
+            "attention": 3 * 2 * 2 * pairs * self.hidden_size,
+            "positions": 3 * 2 * with_position * self.hidden_size,
+            "feed-forward": 3 * 2 * tokens * 2 * self.hidden_size * self.feedforward_size,
         }
-        total = {name: self.layers * operations for name, operations in layer.items()}
-        total["softmax"] = 3 * 2 * tokens * self.hidden * self.vocabulary
+        total = {name: self.num_layers * operations for name, operations in layer.items()}
+        total["softmax"] = 3 * 2 * tokens * self.hidden_size * self.vocab_size
         return total
 
     def bytes(self) -> float:
-        """Weights and their gradients once each way; hidden states, keys and values of all survivors three times."""
-        weights = self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.feedforward)
-        weights += 2 * self.hidden * self.vocabulary
-        rows = self.layers * self.batch * (self.survivors + self.block) * self.hidden * 3
-        return self.bytes_each * (3 * weights + 3 * rows)
+        """Weights and their gradients move once each; hidden states, keys and values of all memories three times."""
+        weights = self.num_layers * (4 * self.hidden_size**2 + 2 * self.hidden_size * self.feedforward_size)
+        weights += 2 * self.hidden_size * self.vocab_size
+        rows = self.num_layers * self.batch_size * (self.num_memories + self.block_size) * self.hidden_size * 3
+        return self.bytes_per_number * (3 * weights + 3 * rows)
 
-    def floor(self, device: Device) -> float:
-        """Seconds: the slower of computing and moving."""
+    def roofline_seconds(self, device: Device) -> float:
+        """The longer of the times for computing and for moving bytes."""
         return max(sum(self.operations().values()) / device.flops, self.bytes() / device.bandwidth)

@@ -1,6 +1,7 @@
-"""Expire-Span beside Transformer-XL, with the same memory and with all of it, on the copy task; on a CPU, in minutes.
+"""Expire-Span and Transformer-XL on the copy task, on a CPU, in minutes.
 
-Trains the three, then prints a table of them and draws demo/seed1/copy.png. `make demo` calls it.
+Trains Expire-Span, Transformer-XL with as much memory, and Transformer-XL with the full memory; then prints a table
+and draws demo/seed1/copy.png. `make demo` calls this.
 """
 
 import argparse
@@ -14,93 +15,97 @@ from pathlib import Path
 import torch
 
 from expire_span.analysis import spans_over_time
-from expire_span.runner.report import Run, load_runs
-from expire_span.runner.saved import open_run, saved_config
+from expire_span.runner.load_run import load_config, load_run
+from expire_span.runner.logging.metrics import Metrics
+from expire_span.runner.run_folder.files import read_summary
 
-LINES: dict[str, dict] = {  # the last one wide and pale, so that what lies on it is seen
+LINE_STYLES: dict[str, dict] = {  # the last line is wide and pale, so that lines on top of it can be seen
     "Expire-Span": {"color": "#d1495b", "zorder": 3},
     "Transformer-XL, same memory": {"color": "#8d99ae"},
-    "Transformer-XL, all": {"color": "#2b6777", "linewidth": 6, "markersize": 12, "alpha": 0.4},
+    "Transformer-XL, full memory": {"color": "#2b6777", "linewidth": 6, "markersize": 12, "alpha": 0.4},
 }
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen:
-    """One training run in a process of its own, with one thread: the models are small."""
-    settings = ["task=copy", "size=mini", "run.threads=1", "run.device=cpu", "wandb.mode=disabled", "run.log_every=20"]
+def start_run(folder: Path, *overrides: str) -> subprocess.Popen:
+    """Start a training run in a process of its own, with one thread, since the models are small."""
+    settings = ["task=copy", "size=mini", "wandb.mode=disabled"]
+    settings += ["run.num_threads=1", "run.device=cpu", "run.log_every=20"]
     command = [sys.executable, "-m", "expire_span", *settings, *overrides, f"hydra.run.dir={folder}"]
     folder.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(command, stdout=open(folder / "output.txt", "w"), stderr=subprocess.STDOUT)
 
 
-def wait(processes: list[subprocess.Popen], folder: Path, said: set[str]) -> None:
-    """Until they end; meanwhile, every 100 updates, how far each run is."""
+def wait(processes: list[subprocess.Popen], folder: Path, printed: set[str]) -> None:
+    """Wait until the processes end, and print the progress of each run every 100 updates."""
     while any(process.poll() is None for process in processes):
         time.sleep(1)
         for output in sorted(folder.glob("*/output.txt")):
             for line in output.read_text().splitlines():
-                words = f"  {output.parent.name:14} {line}"
-                if re.match(r"update \d+00:", line) and words not in said:
-                    said.add(words)
-                    print(words, flush=True)
+                text = f"  {output.parent.name:14} {line}"
+                if re.match(r"update \d+00:", line) and text not in printed:
+                    printed.add(text)
+                    print(text, flush=True)
     if any(process.returncode for process in processes):
         sys.exit(f"a run failed; {folder}/*/output.txt says why")
 
 
-def small_table(runs: dict[str, Run]) -> str:
-    rows = ["| model | copied right, test | memory size | state of a stream | ms per batch | peak memory, process |"]
+def markdown_table(metrics_by_name: dict[str, Metrics]) -> str:
+    rows = ["| model | test accuracy | memory size | memory per stream | ms per batch | peak resident memory |"]
     rows.append("| --- | --- | --- | --- | --- | --- |")
-    for name, run in runs.items():
-        figures = run.figures
-        right, size, state = (figures[f"test/{each}"] for each in ("accuracy", "memory/size", "memory/bytes"))
-        speed, peak = figures["perf/ms_per_batch"], figures["perf/peak_resident_gb"]
-        rows.append(f"| {name} | {right:.1%} | {size:.1f} | {state / 1000:.1f} kB | {speed:.0f} | {peak:.2f} GB |")
+    for name, metrics in metrics_by_name.items():
+        accuracy, size, state_bytes = (metrics[f"test/{key}"] for key in ("accuracy", "memory/size", "memory/bytes"))
+        milliseconds, peak = metrics["perf/ms_per_batch"], metrics["perf/peak_resident_gb"]
+        cells = [name, f"{accuracy:.1%}", f"{size:.1f}", f"{state_bytes / 1000:.1f} kB"]
+        rows.append("| " + " | ".join([*cells, f"{milliseconds:.0f}", f"{peak:.2f} GB"]) + " |")
     return "\n".join(rows) + "\n"
 
 
-def draw(folder: Path, runs: dict[str, Run]) -> None:
-    """Left, who remembers how far; right, what Expire-Span keeps of one episode."""
+def plot(folder: Path, metrics_by_name: dict[str, Metrics]) -> None:
+    """Left: accuracy by distance. Right: the spans that Expire-Span gives to one episode."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    for name, run in runs.items():
-        bins = {key: value for key, value in run.figures.items() if key.startswith("test/accuracy_distance_")}
-        far = [int(key.split("_")[-1]) for key in bins]
-        memories = f"{run.figures['test/memory/size']:.0f} memories"
-        left.plot(far, [100 * each for each in bins.values()], "o-", label=f"{name}: {memories}", **LINES[name])
-    left.axhline(25, color="grey", linestyle=":", linewidth=1)
-    left.text(13, 27, "guessing", color="grey", fontsize=8)
-    left.set(xscale="log", xlim=(12, 1.2 * far[-1]), ylim=(0, 104), title="Who remembers how far")
-    left.set(xlabel="timesteps back to the A's, at most", ylabel="copied right, %")
-    left.set_xticks([each for each in far if each >= 16], [str(each) for each in far if each >= 16])
+    for name, metrics in metrics_by_name.items():
+        bins = {key: value for key, value in metrics.items() if key.startswith("test/accuracy_distance_")}
+        distances = [int(key.split("_")[-1]) for key in bins]
+        label = f"{name}: {metrics['test/memory/size']:.0f} memories"
+        left.plot(distances, [100 * value for value in bins.values()], "o-", label=label, **LINE_STYLES[name])
+    left.axhline(25, color="gray", linestyle=":", linewidth=1)
+    left.text(13, 27, "guessing", color="gray", fontsize=8)
+    left.set(xscale="log", xlim=(12, 1.2 * distances[-1]), ylim=(0, 104), title="Accuracy by distance")
+    left.set(xlabel="timesteps back to the A's, at most", ylabel="accuracy, %")
+    ticks = [distance for distance in distances if distance >= 16]
+    left.set_xticks(ticks, [str(distance) for distance in ticks])
     left.minorticks_off()
     left.legend(loc="lower left", fontsize=8, frameon=False)
 
-    spans, tokens = episode(folder / "expire_span")
-    for layer, (span, shade) in enumerate(zip(spans, ("#edae49", "#d1495b"), strict=False)):
-        right.plot(span, linewidth=1.2, color=shade, label=f"layer {layer}")
-    for place in (tokens == 0).nonzero().flatten().tolist():
-        right.axvline(place, color="#2b6777", linewidth=0.8, alpha=0.4)
-    right.set(title="What Expire-Span keeps", xlim=(0, len(tokens)))
-    right.set(xlabel="timestep of one episode (blue: the A's, and their copy)", ylabel="span given to it, timesteps")
+    spans, tokens = spans_of_an_episode(folder / "expire_span")
+    for layer, (span, color) in enumerate(zip(spans, ("#edae49", "#d1495b"), strict=False)):
+        right.plot(span, linewidth=1.2, color=color, label=f"layer {layer}")
+    for timestep in (tokens == 0).nonzero().flatten().tolist():
+        right.axvline(timestep, color="#2b6777", linewidth=0.8, alpha=0.4)
+    right.set(title="Spans that Expire-Span predicts", xlim=(0, len(tokens)))
+    right.set(xlabel="timestep of one episode (blue: the A's, and their copy)", ylabel="span, timesteps")
     right.legend(fontsize=8, frameon=False)
     figure.savefig(folder / "copy.png", dpi=130)
 
 
-def episode(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Spans (layers, time) and tokens (time,) of one test episode in which the A's come early."""
-    config = saved_config(folder)
-    _, task, model, *_ = open_run(folder, config)
+def spans_of_an_episode(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spans (layers, time) and tokens (time,) of a test episode with at least three A's in its first quarter."""
+    config = load_config(folder)
+    _, task, model, *_ = load_run(folder, config)
     blocks = []
-    for batch in task.stream("test", 64, config.train.block):
+    for batch in task.stream("test", 64, config.train.block_size):
         blocks.append((batch.tokens, batch.reach))
-        if len(blocks) * config.train.block == task.distance:
+        if len(blocks) * config.train.block_size == task.episode_length:
             break
     spans, tokens = spans_over_time(model, blocks)
-    early = ((tokens[:, : task.distance // 4] == 0).sum(1) >= 3).float().argmax()  # the first with three A's early on
-    return spans[:, early], tokens[early]
+    early_as = (tokens[:, : task.episode_length // 4] == 0).sum(1)  # (B,)
+    episode = (early_as >= 3).float().argmax()
+    return spans[:, episode], tokens[episode]
 
 
 def main() -> None:
@@ -108,31 +113,31 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where runs, table and picture go")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="for all three runs, such as train.updates=100")
-    arguments = parser.parse_args()
-    folder, common = arguments.folder / f"seed{arguments.seed}", [f"seed={arguments.seed}", *arguments.overrides]
-    began = time.time()
+    options = parser.parse_args()
+    folder, common = options.folder / f"seed{options.seed}", [f"seed={options.seed}", *options.overrides]
+    start_time = time.time()
 
     print("Copy: how many A's were there, up to 250 timesteps ago? Three models learn it, two at a time.")
-    said: set[str] = set()
-    first = start(folder / "expire_span", "model=expire_span", *common)
-    everything = start(folder / "trans_xl_all", "model=trans_xl", *common)
-    wait([first], folder, said)
-    [expire] = load_runs([folder / "expire_span"])
-    same = math.ceil(expire.figures["test/memory/size"])
-    third = start(folder / "trans_xl_same", "model=trans_xl", f"model.max_span={same}", *common)
-    wait([everything, third], folder, said)
+    printed: set[str] = set()
+    expire_span = start_run(folder / "expire_span", "model=expire_span", *common)
+    all_memory = start_run(folder / "trans_xl_all", "model=trans_xl", *common)
+    wait([expire_span], folder, printed)
+    memory_size = math.ceil(read_summary(folder / "expire_span")["metrics"]["test/memory/size"])
+    same_memory = start_run(folder / "trans_xl_same", "model=trans_xl", f"model.max_span={memory_size}", *common)
+    wait([all_memory, same_memory], folder, printed)
 
-    found = load_runs([folder / name for name in ("expire_span", "trans_xl_same", "trans_xl_all")])
-    runs = dict(zip(LINES, found, strict=True))
-    text = small_table(runs)
-    (folder / "table.md").write_text(text)
-    draw(folder, runs)
-    print(f"\n{text}\n{folder / 'copy.png'} shows who remembers how far, and what is kept: look at it.")
-    print(f"That took {(time.time() - began) / 60:.1f} minutes. `expire-span-report {folder}` has all the figures.")
+    folders = [folder / name for name in ("expire_span", "trans_xl_same", "trans_xl_all")]
+    metrics_by_name = {name: read_summary(run)["metrics"] for name, run in zip(LINE_STYLES, folders, strict=True)}
+    table = markdown_table(metrics_by_name)
+    (folder / "table.md").write_text(table)
+    plot(folder, metrics_by_name)
+    print(f"\n{table}\n{folder / 'copy.png'} shows accuracy by distance, and the spans of one episode: look at it.")
+    minutes = (time.time() - start_time) / 60
+    print(f"This took {minutes:.1f} minutes. `expire-span-report {folder}` shows all metrics.")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # the runs hear it too, and save themselves
-        sys.exit("\nstopped; started again, it goes on from where it was")
+    except KeyboardInterrupt:  # the runs receive it too, and save themselves
+        sys.exit("\nstopped; run it again to resume")

@@ -1,22 +1,23 @@
-"""Collision: two particles drift through a grid; where did those of these colours last meet?
+"""Collision (section 5.2, table 3): two particles drift through a grid; where did those of these colors last meet?
 
-Each particle flies straight until its next move would leave the grid, then turns at random, and now and then changes
-its colour. A collision is both in one cell, which stops nobody. At every timestep the model is asked about a pair of
-colours and must name the quadrant in which particles of these colours last met; it is scored where they ever have.
+Each particle flies straight until its next move would leave the grid, then draws a new velocity; now and then it
+changes its color. A collision is both particles in one cell, which changes no motion. Every timestep asks about a pair
+of colors: the answer is the quadrant in which particles of these colors last met. It is scored if they ever have.
 
-    . 1 | . .      timestep   x1 y1   x2 y2   colours   question   answer
-    . . | . .         40       1  0    2  2     r g       r g         -       not met yet: nothing is scored
+    . 1 | . .      timestep   x1 y1   x2 y2   colors    question   answer
+    . . | . .         40       1  0    2  2     r g       r g         -       no collision yet: not scored
     ----+----         41       2  1    2  1     r g       b b         -
     . . | 2 .         42       3  2    2  0     r b       r g         1       met one timestep ago, top right
     . . | . .
 
-The unmerged form is the paper's, eight tokens a timestep, the answer asked for at the last of them. The merged form is
-a simplification: one timestep of eight fields, whose embeddings are summed. Since a timestep does not attend to itself,
+The paper's form has eight tokens per timestep and asks for the answer at the last of them. The merged form is a
+simplification: one timestep of eight fields, whose embeddings are summed. Since a timestep does not attend to itself,
 its question is the one of the timestep before.
 
-Our choices, since the paper leaves them open: a vocabulary in which each of the eight has numbers of its own; a
-collision of this very timestep counts; questions not about the last collision are about colours drawn uniformly, as are
-all before the first one; the data are many shorter worlds rather than a single one, and none is seen from another.
+The paper leaves the following open; these are our choices. Each of the eight fields has tokens of its own. A collision
+of the present timestep counts. Questions that are not about the last collision, and all before the first one, are about
+colors drawn uniformly. The data are many short simulations rather than a single long one, and memories do not reach
+from one simulation into the next.
 """
 
 from collections.abc import Iterator
@@ -25,212 +26,234 @@ from typing import Any
 import numpy as np
 import torch
 
-from .download import keep_array
-from .stream import IGNORED, SPLITS, Batch
+from .base import IGNORE_INDEX, SPLITS, Batch, Task
+from .data_cache import cached_array
 
-PIECE = 1_000_000  # timesteps generated at once
+TIMESTEPS_AT_ONCE = 1_000_000  # generated in one piece
 
 
-class Collision:
-    """`worlds` simulations of equal length, made once for each split and seed, and kept in the cache folder.
+class Collision(Task):
+    """Simulations of equal length, generated once for each split and seed and kept in the cache folder.
 
-    grid                      width and height in cells (even, at most 256)
-    colours                   of a particle (at most 15)
-    colour_change             chance that a particle draws a new colour, a timestep
-    last_collision_questions  share of the questions that are about the last collision's colours
-    speed                     standard deviation of the velocity along each axis, in cells a timestep
-    timesteps                 for training, in all worlds
-    evaluation_timesteps      for valid and for test each
-    worlds, evaluation_worlds each a multiple of the batch: a stream goes through worlds / batch of them; worlds of few
-                              timesteps ask about near collisions only, so few and long ones are for evaluation
-    merged                    one token a timestep instead of eight
+    Batches are (B, T) tokens with T a multiple of 8, or (B, T, 8) with `merge_fields`. `answer_distance` reaches from
+    the question back to the same field of the timestep of the collision.
 
-    Batches are (B, T, 8) tokens where merged, else (B, T) with T a multiple of 8. `distance` goes from the question
-    back to the same token of the collision's timestep.
-    Raises ValueError where these do not fit each other, or, in `stream`, the batch and the block.
+    Args:
+        grid_size: Width and height in cells; even, at most 256.
+        num_colors: Number of colors, at most 15.
+        color_change_prob: Chance that a particle draws a new color, per timestep.
+        last_collision_question_fraction: Share of the questions that ask about the colors of the last collision.
+        velocity_std: Standard deviation of the velocity along each axis, in cells per timestep.
+        timesteps: Timesteps of all training simulations together.
+        eval_timesteps: Timesteps of valid and of test each.
+        num_simulations: Number of training simulations, a multiple of the batch size B: every stream goes through
+            num_simulations / B of them. Short simulations only have collisions nearby to ask about.
+        eval_simulations: Number of simulations of valid and of test each, a multiple of the batch size of evaluation.
+        merge_fields: Whether a timestep is one token instead of eight.
+        seed: Seed of the random numbers.
+
+    Raises:
+        ValueError: if the arguments do not fit each other or, in `stream`, the batch or block size.
     """
 
-    classes = 4
-    measure = "error"
-    answer = "token"
-    question = slice(6, 8)  # which of a timestep's fields
+    num_classes = 4
+    metric = "error"
+    scoring = "token"
+    question = slice(6, 8)  # the fields of a timestep that ask
 
     def __init__(
         self,
-        grid: int = 16,
-        colours: int = 5,
-        colour_change: float = 0.05,
-        last_collision_questions: float = 0.4,
-        speed: float = 0.5,
+        grid_size: int = 16,
+        num_colors: int = 5,
+        color_change_prob: float = 0.05,
+        last_collision_question_fraction: float = 0.4,
+        velocity_std: float = 0.5,
         timesteps: int = 50_000_000,
-        evaluation_timesteps: int = 5_000_000,
-        worlds: int = 512,
-        evaluation_worlds: int = 64,
-        merged: bool = False,
+        eval_timesteps: int = 5_000_000,
+        num_simulations: int = 512,
+        eval_simulations: int = 64,
+        merge_fields: bool = False,
         seed: int = 0,
     ):
-        if grid % 2 or not 2 <= grid <= 256:
-            raise ValueError(f"task.grid must be even, to have quadrants, and from 2 to 256 cells, got {grid}")
-        if not 1 <= colours <= 15:
-            raise ValueError(f"task.colours must be from 1 to 15, got {colours}")
-        for key, chance in (("colour_change", colour_change), ("last_collision_questions", last_collision_questions)):
-            if not 0 <= chance <= 1:
-                raise ValueError(f"task.{key} is a chance and must be from 0 to 1, got {chance}")
-        if not 0 < speed <= grid:
-            raise ValueError(f"task.speed must be above 0 and at most task.grid={grid} cells a timestep, got {speed}")
-        training, evaluation = ("", worlds, timesteps), ("evaluation_", evaluation_worlds, evaluation_timesteps)
-        for prefix, count, amount in (training, evaluation):
-            if not 1 <= count <= amount:
-                limits = f"from 1 to task.{prefix}timesteps={amount}"
-                raise ValueError(f"task.{prefix}worlds must be {limits}, got {count}")
+        if grid_size % 2 or not 2 <= grid_size <= 256:
+            raise ValueError(
+                f"task.grid_size must be even, to have quadrants, and from 2 to 256 cells, got {grid_size}"
+            )
+        if not 1 <= num_colors <= 15:
+            raise ValueError(f"task.num_colors must be from 1 to 15, got {num_colors}")
+        for key, probability in (
+            ("color_change_prob", color_change_prob),
+            ("last_collision_question_fraction", last_collision_question_fraction),
+        ):
+            if not 0 <= probability <= 1:
+                raise ValueError(f"task.{key} must be from 0 to 1, got {probability}")
+        if not 0 < velocity_std <= grid_size:
+            limits = f"above 0 and at most task.grid_size={grid_size} cells per timestep"
+            raise ValueError(f"task.velocity_std must be {limits}, got {velocity_std}")
+        for key, number, total_key, total in (
+            ("num_simulations", num_simulations, "timesteps", timesteps),
+            ("eval_simulations", eval_simulations, "eval_timesteps", eval_timesteps),
+        ):
+            if not 1 <= number <= total:
+                raise ValueError(f"task.{key} must be from 1 to task.{total_key}={total}, got {number}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        self.grid, self.colours, self.colour_change = grid, colours, colour_change
-        self.last_collision_questions, self.speed = last_collision_questions, speed
-        self.timesteps, self.evaluation_timesteps = timesteps, evaluation_timesteps
-        self.worlds, self.evaluation_worlds = worlds, evaluation_worlds
-        self.merged, self.seed = merged, seed
-        # x, y of particle 1; x, y of particle 2; their colours; the colours asked about
-        self.fields = [grid] * 4 + [colours] * 4  # how many numbers each knows
-        self.name = f"collision-grid{grid}-colours{colours}-change{colour_change}"
-        self.name += f"-last{last_collision_questions}-speed{speed}"
+        self.grid_size, self.num_colors, self.color_change_prob = grid_size, num_colors, color_change_prob
+        self.last_collision_question_fraction, self.velocity_std = last_collision_question_fraction, velocity_std
+        self.timesteps, self.eval_timesteps = timesteps, eval_timesteps
+        self.num_simulations, self.eval_simulations = num_simulations, eval_simulations
+        self.merge_fields, self.seed = merge_fields, seed
+        # Number of values of each field: x, y of particle 1 and of particle 2; their colors; the colors asked about.
+        self.field_sizes = [grid_size] * 4 + [num_colors] * 4
+        self.vocab_size = sum(self.field_sizes)
+        self.cache_name = f"collision-grid{grid_size}-colors{num_colors}-change{color_change_prob}"
+        self.cache_name += f"-last{last_collision_question_fraction}-velocity{velocity_std}"
 
     @property
-    def vocabulary(self) -> int:
-        return sum(self.fields)
+    def first_tokens(self) -> np.ndarray:  # (fields,): the token for value 0 of each field
+        return np.cumsum([0, *self.field_sizes[:-1]])
 
     @property
-    def first_tokens(self) -> np.ndarray:  # (fields,): each field's token for 0
-        return np.cumsum([0, *self.fields[:-1]])
+    def record(self) -> np.dtype:
+        """What is stored of a timestep: its fields, the answer (-1: none) and the distance of the collision."""
+        return np.dtype([("fields", "u1", len(self.field_sizes)), ("answer", "i1"), ("distance", "<i4")])
 
-    @property
-    def moment(self) -> np.dtype:
-        return np.dtype([("fields", "u1", len(self.fields)), ("answer", "i1"), ("ago", "<i4")])  # answer -1: none
+    def stream(self, split: str, batch_size: int, block_size: int) -> "CollisionStream":
+        key = "num_simulations" if split == "train" else "eval_simulations"
+        if getattr(self, key) % batch_size:
+            number = getattr(self, key)
+            raise ValueError(f"task.{key} must be a multiple of the batch_size={batch_size}, got {number}")
+        if not self.merge_fields and block_size % len(self.field_sizes):
+            tokens = f"{len(self.field_sizes)} tokens of a timestep"
+            raise ValueError(f"block_size must be a multiple of the {tokens}, got {block_size}")
+        return CollisionStream(self, split, batch_size, block_size)
 
-    def stream(self, split: str, batch: int, block: int) -> "CollisionStream":
-        key, worlds = ("worlds", self.worlds) if split == "train" else ("evaluation_worlds", self.evaluation_worlds)
-        if worlds % batch:
-            raise ValueError(f"task.{key} must be a multiple of its batch={batch}, got {worlds}")
-        if not self.merged and block % len(self.fields):
-            raise ValueError(f"block must be a multiple of the {len(self.fields)} tokens a timestep, got {block}")
-        return CollisionStream(self, split, batch, block)
-
-    def moments(self, split: str) -> np.ndarray:
-        """The worlds of a split: (worlds, timesteps of each), of type `moment`."""
+    def records(self, split: str) -> np.ndarray:
+        """The simulations of a split: (simulations, timesteps of each), of type `record`."""
         train = split == "train"
-        worlds = self.worlds if train else self.evaluation_worlds
-        length = (self.timesteps if train else self.evaluation_timesteps) // worlds
-        together = max(1, PIECE // length)
+        simulations = self.num_simulations if train else self.eval_simulations
+        length = (self.timesteps if train else self.eval_timesteps) // simulations
+        at_once = max(1, TIMESTEPS_AT_ONCE // length)
 
         def pieces() -> Iterator[np.ndarray]:
-            generator = np.random.default_rng([self.seed, SPLITS.index(split)])
-            for first in range(0, worlds, together):
-                yield self.simulate(generator, min(together, worlds - first), length)
+            rng = np.random.default_rng([self.seed, SPLITS.index(split)])
+            for first in range(0, simulations, at_once):
+                yield self.simulate(rng, min(at_once, simulations - first), length)
 
-        name = f"{self.name}-{split}-{worlds}x{length}-seed{self.seed}"
-        return keep_array(name, (worlds, length), self.moment, pieces)
+        name = f"{self.cache_name}-{split}-{simulations}x{length}-seed{self.seed}"
+        return cached_array(name, (simulations, length), self.record, pieces)
 
-    def simulate(self, generator: np.random.Generator, worlds: int, length: int) -> np.ndarray:
-        """(worlds, length) moments."""
-        cells = self.fly(generator, 2 * worlds, length).reshape(worlds, 2, length, 2)
-        colours = self.paint(generator, 2 * worlds, length).reshape(worlds, 2, length)
-        pair = colours[:, 0] * self.colours + colours[:, 1]  # (worlds, length)
-        met = (cells[:, 0] == cells[:, 1]).all(-1)  # (worlds, length)
+    def simulate(self, rng: np.random.Generator, simulations: int, length: int) -> np.ndarray:
+        """Generate (simulations, length) records."""
+        cells = self.simulate_motion(rng, 2 * simulations, length).reshape(simulations, 2, length, 2)
+        colors = self.sample_colors(rng, 2 * simulations, length).reshape(simulations, 2, length)
+        pair = colors[:, 0] * self.num_colors + colors[:, 1]  # (simulations, length)
+        collided = (cells[:, 0] == cells[:, 1]).all(-1)  # (simulations, length)
 
-        # Most of a question's colours are drawn, the others are those of the last collision, where there was one.
+        # A question is about the colors of the last collision, if there has been one, or about random colors.
         time = np.arange(length)
-        last = np.maximum.accumulate(np.where(met, time, -1), axis=1)
-        about_last = (generator.random(met.shape, np.float32) < self.last_collision_questions) & (last >= 0)
-        asked = generator.integers(self.colours**2, size=met.shape, dtype=np.uint8)
-        asked = np.where(about_last, np.take_along_axis(pair, last, axis=1), asked)
+        last_collision = np.maximum.accumulate(np.where(collided, time, -1), axis=1)
+        about_last = rng.random(collided.shape, np.float32) < self.last_collision_question_fraction
+        about_last &= last_collision >= 0
+        question_pair = rng.integers(self.num_colors**2, size=collided.shape, dtype=np.uint8)
+        question_pair = np.where(about_last, np.take_along_axis(pair, last_collision, axis=1), question_pair)
 
-        # Sorted by world, pair and time, the collision asked about is the one before or at the question.
-        world = np.arange(worlds)[:, None] * self.colours**2
-        collisions = np.sort(((world + pair) * length + time)[met])
-        questions = (world + asked) * length + time
-        found = np.searchsorted(collisions, questions, side="right") - 1
-        ago = questions - np.append(collisions, -1)[found]  # before the first collision, found is -1
-        known = ago <= time  # or it is another world's or pair's
+        # Number all (simulation, pair, time) in this order; the collision asked about is then the last one that is not
+        # after the question. It counts if it is of the same simulation and pair.
+        simulation = np.arange(simulations)[:, None] * self.num_colors**2
+        collisions = np.sort(((simulation + pair) * length + time)[collided])
+        questions = (simulation + question_pair) * length + time
+        index = np.searchsorted(collisions, questions, side="right") - 1
+        distance = questions - np.append(collisions, -1)[index]  # index is -1 before the first collision
+        has_answer = distance <= time
 
-        moments = np.empty(met.shape, self.moment)
-        fields = moments["fields"]
+        records = np.empty(collided.shape, self.record)
+        fields = records["fields"]
         fields[..., 0:2], fields[..., 2:4] = cells[:, 0], cells[:, 1]
-        fields[..., 4], fields[..., 5] = colours[:, 0], colours[:, 1]
-        fields[..., 6], fields[..., 7] = np.divmod(asked, self.colours)
-        right, lower = np.moveaxis(cells[:, 0] >= self.grid // 2, -1, 0)  # (worlds, length) each
-        quadrant = np.take_along_axis(right + 2 * lower, np.where(known, time - ago, 0), axis=1)
-        moments["answer"], moments["ago"] = np.where(known, quadrant, -1), np.where(known, ago, 0)
-        return moments
+        fields[..., 4], fields[..., 5] = colors[:, 0], colors[:, 1]
+        fields[..., 6], fields[..., 7] = np.divmod(question_pair, self.num_colors)
+        quadrant = np.take_along_axis(self.quadrants(cells[:, 0]), np.where(has_answer, time - distance, 0), axis=1)
+        records["answer"], records["distance"] = np.where(has_answer, quadrant, -1), np.where(has_answer, distance, 0)
+        return records
 
-    def fly(self, generator: np.random.Generator, particles: int, length: int) -> np.ndarray:
-        """The cells of independent particles: (particles, length, 2).
+    def quadrants(self, cells: np.ndarray) -> np.ndarray:
+        """0: top left, 1: top right, 2: bottom left, 3: bottom right. cells: (..., 2)."""
+        right, lower = np.moveaxis(cells >= self.grid_size // 2, -1, 0)
+        return right + 2 * lower
 
-        A flight lasts for as many moves as stay within the grid. One of none is a velocity to be redrawn.
+    def simulate_motion(self, rng: np.random.Generator, particles: int, length: int) -> np.ndarray:
+        """Generate the cells of independent particles: (particles, length, 2).
+
+        A flight with one velocity lasts as many moves as stay within the grid. If there are none, the velocity is
+        drawn again.
         """
-        place = generator.random((particles, 2)) * self.grid
-        flown = np.zeros(particles, int)
+        position = rng.random((particles, 2)) * self.grid_size
+        moved = np.zeros(particles, int)  # moves so far
         flights = []
-        while flown.min() < length:
-            velocity = generator.normal(0, self.speed, (particles, 2))
-            room = np.where(velocity > 0, self.grid - place, place)
+        while moved.min() < length:
+            velocity = rng.normal(0, self.velocity_std, (particles, 2))
+            room = np.where(velocity > 0, self.grid_size - position, position)  # to the wall ahead
             moves = np.minimum(room / np.abs(velocity), length).min(-1).astype(int)
-            flights.append((flown, place, velocity, np.minimum(moves, length - flown)))
-            place = np.clip(place + moves[:, None] * velocity, 0, np.nextafter(self.grid, 0))  # rounding errors
-            flown = np.minimum(flown + moves, length)
-        start, places, velocities, moves = (np.stack(part, axis=1) for part in zip(*flights, strict=True))
-        flight = np.repeat(np.arange(start.size), moves.ravel())  # (particles * length,)
-        since = np.tile(np.arange(length), particles) - start.ravel()[flight]
-        cells = places.reshape(-1, 2)[flight] + since[:, None] * velocities.reshape(-1, 2)[flight]
-        return cells.clip(0, self.grid - 1).astype(np.uint8).reshape(particles, length, 2)
+            flights.append((moved, position, velocity, np.minimum(moves, length - moved)))
+            position = position + moves[:, None] * velocity
+            position = np.clip(position, 0, np.nextafter(self.grid_size, 0))  # rounding errors
+            moved = np.minimum(moved + moves, length)
+        starts, positions, velocities, moves = (np.stack(part, axis=1) for part in zip(*flights, strict=True))
+        flight = np.repeat(np.arange(starts.size), moves.ravel())  # (particles * length,)
+        elapsed = np.tile(np.arange(length), particles) - starts.ravel()[flight]
+        cells = positions.reshape(-1, 2)[flight] + elapsed[:, None] * velocities.reshape(-1, 2)[flight]
+        return cells.clip(0, self.grid_size - 1).astype(np.uint8).reshape(particles, length, 2)
 
-    def paint(self, generator: np.random.Generator, particles: int, length: int) -> np.ndarray:
-        """The colours of independent particles: (particles, length)."""
-        changes = generator.random((particles, length), np.float32) < self.colour_change
+    def sample_colors(self, rng: np.random.Generator, particles: int, length: int) -> np.ndarray:
+        """Generate the colors of independent particles: (particles, length)."""
+        changes = rng.random((particles, length), np.float32) < self.color_change_prob
         changes[:, 0] = True
-        drawn = generator.integers(self.colours, size=changes.sum(), dtype=np.uint8)
-        return drawn[np.cumsum(changes) - 1].reshape(particles, length)
+        colors = rng.integers(self.num_colors, size=changes.sum(), dtype=np.uint8)
+        return colors[np.cumsum(changes) - 1].reshape(particles, length)
 
 
 class CollisionStream:
-    """Stream b goes through worlds b * worlds / batch and on, one after the other; in training, over and over."""
+    """Stream b reads num_simulations / batch_size simulations one after the other; training repeats them endlessly."""
 
-    def __init__(self, task: Collision, split: str, batch: int, block: int):
+    def __init__(self, task: Collision, split: str, batch_size: int, block_size: int):
         self.task, self.endless = task, split == "train"
-        moments = task.moments(split)
-        self.length = moments.shape[1]  # of a world
-        self.moments = moments.reshape(batch, -1)
-        self.steps = block if task.merged else block // len(task.fields)  # timesteps a block
+        records = task.records(split)
+        self.simulation_length = records.shape[1]
+        self.records = records.reshape(batch_size, -1)
+        self.steps = block_size if task.merge_fields else block_size // len(task.field_sizes)  # timesteps of a block
         self.time = 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        total = self.moments.shape[1]
+        total = self.records.shape[1]
         if not self.endless and self.time >= total:
             raise StopIteration
         time = np.arange(self.time, self.time + self.steps)  # (steps,)
-        moments = self.moments[:, time % total]  # (B, steps)
+        records = self.records[:, time % total]  # (B, steps)
         self.time += self.steps
-        if self.task.merged:
-            asked = self.moments[:, (time - 1) % total]  # (B, steps)
-            moments["fields"][..., self.task.question] = asked["fields"][..., self.task.question]
-            moments["answer"] = np.where(time % self.length, asked["answer"], -1)  # none at a world's first
-            moments["ago"] = asked["ago"] + 1
-        tokens = torch.from_numpy(moments["fields"] + self.task.first_tokens)  # (B, steps, fields)
-        answer, ago = (torch.from_numpy(moments[name].astype(np.int64)) for name in ("answer", "ago"))  # (B, steps)
-        answer[answer < 0] = IGNORED
+        if self.task.merge_fields:
+            previous, question = self.records[:, (time - 1) % total], self.task.question  # (B, steps)
+            records["fields"][..., question] = previous["fields"][..., question]
+            first = time % self.simulation_length == 0  # it has no timestep before it
+            records["answer"] = np.where(first, -1, previous["answer"])
+            records["distance"] = previous["distance"] + 1
+        tokens = torch.from_numpy(records["fields"] + self.task.first_tokens)  # (B, steps, fields)
+        answer = torch.from_numpy(records["answer"].astype(np.int64))  # (B, steps)
+        distance = torch.from_numpy(records["distance"].astype(np.int64))  # (B, steps)
+        answer[answer < 0] = IGNORE_INDEX
         if not self.endless:
-            answer[:, time >= total] = IGNORED  # the last block is filled up
-        reach = torch.from_numpy(time % total % self.length).expand(answer.shape)
-        if self.task.merged:
-            return Batch(tokens, answer, reach.contiguous(), ago)
+            answer[:, time >= total] = IGNORE_INDEX  # padding of the last block
+        reach = torch.from_numpy(time % total % self.simulation_length).expand(answer.shape)
+        if self.task.merge_fields:
+            return Batch(tokens, answer, reach.contiguous(), distance)
 
         fields = tokens.shape[-1]
-        targets, distance = torch.full_like(tokens, IGNORED), torch.zeros_like(tokens)
-        targets[..., -1], distance[..., -1] = answer, ago * fields
+        targets, answer_distance = torch.full_like(tokens, IGNORE_INDEX), torch.zeros_like(tokens)
+        targets[..., -1], answer_distance[..., -1] = answer, distance * fields
         reach = reach[..., None] * fields + torch.arange(fields)
-        return Batch(tokens.flatten(1), targets.flatten(1), reach.flatten(1), distance.flatten(1))
+        return Batch(tokens.flatten(1), targets.flatten(1), reach.flatten(1), answer_distance.flatten(1))
 
     def state_dict(self) -> dict[str, Any]:
         return {"time": self.time}

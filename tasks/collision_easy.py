@@ -1,88 +1,92 @@
-"""Collision without colours: two particles drift through a grid; where did they last meet, or the last three times?
+"""Collision without colors (section A.1.4, table 6): where did two particles last meet, or meet the last three times?
 
-The worlds are collision.py's. At every timestep one of two questions is asked, drawn at random. `?` is about the
-quadrant of the last collision, `!` about the label that a fixed table gives to the quadrants of the last three; either
-is scored where there have been that many.
+The motion is that of collision.py. Every timestep asks one of two questions, drawn at random. `?` asks for the quadrant
+of the last collision, `!` for the label that a fixed table gives to the quadrants of the last three. Either is scored
+if there have been that many collisions.
 
     . 1 | . .      timestep   x1 y1   x2 y2   question   answer
-    . . | . .         40       1  0    2  2      ?         -       not met yet: nothing is scored
-    ----+----         41       2  1    2  1      ?         1       met now, top right
+    . . | . .         40       1  0    2  2      ?         -       no collision yet: not scored
+    ----+----         41       2  1    2  1      ?         1       a collision now, top right
     . . | 2 .         42       3  2    2  0      !         -       one collision, not yet three
     . . | . .
 
-Unmerged, a timestep is five tokens. The paper says no more of the second question than "the label mapping of the last 3
-collisions", and nothing of the questions' shares: the table, with each label as often as any other, and the shares are
-our choices; so are those named in collision.py.
+The paper's form has five tokens per timestep. Of the second question it says only "the label mapping of the last 3
+collisions", and nothing of the shares of the two. These are our choices: the table, in which each label is as frequent
+as any other, the shares, and those named in collision.py.
 """
 
 import numpy as np
 
 from .collision import Collision
 
-# Its label of three quadrants, the last collision's first: an arbitrary table, from 4 x 4 x 4 combinations to 4 labels.
-TABLE = "0030031022222233" "3110213120121303" "0222302013123001" "0313311221100133"
+# The label of three quadrants, that of the last collision first: an arbitrary table from 4 x 4 x 4 to 4 labels.
+TABLE = "0030031022222233311021312012130302223020131230010313311221100133"
 LABELS = np.array(list(TABLE), np.int8).reshape(4, 4, 4)
-ASKED = (1, 3)  # collisions that a question is about
+COLLISIONS_ASKED = (1, 3)  # by question
 
 
 class CollisionEasy(Collision):
-    """`worlds` simulations of equal length, made once for each split and seed, and kept in the cache folder.
+    """Simulations of equal length, generated once for each split and seed and kept in the cache folder.
 
-    mapping_questions         share of the questions that are about the last three collisions
+    `answer_distance` reaches back to the earliest collision that the answer depends on.
 
-    The others, the batches and what is raised are `Collision`'s, with five tokens a timestep in place of eight.
-    `distance` goes back to the earliest collision that the answer needs.
+    Args:
+        mapping_question_fraction: Share of the questions that ask about the last three collisions.
+
+    The other arguments, the batches and the errors are those of `Collision`, with five tokens per timestep.
     """
 
     question = slice(4, 5)
 
     def __init__(
         self,
-        grid: int = 16,
-        mapping_questions: float = 0.5,
-        speed: float = 0.5,
+        grid_size: int = 16,
+        mapping_question_fraction: float = 0.5,
+        velocity_std: float = 0.5,
         timesteps: int = 50_000_000,
-        evaluation_timesteps: int = 5_000_000,
-        worlds: int = 512,
-        evaluation_worlds: int = 64,
-        merged: bool = False,
+        eval_timesteps: int = 5_000_000,
+        num_simulations: int = 512,
+        eval_simulations: int = 64,
+        merge_fields: bool = False,
         seed: int = 0,
     ):
-        if not 0 <= mapping_questions <= 1:
-            raise ValueError(f"task.mapping_questions is a share and must be from 0 to 1, got {mapping_questions}")
+        if not 0 <= mapping_question_fraction <= 1:
+            raise ValueError(f"task.mapping_question_fraction must be from 0 to 1, got {mapping_question_fraction}")
         super().__init__(
-            grid=grid,
-            speed=speed,
+            grid_size=grid_size,
+            velocity_std=velocity_std,
             timesteps=timesteps,
-            evaluation_timesteps=evaluation_timesteps,
-            worlds=worlds,
-            evaluation_worlds=evaluation_worlds,
-            merged=merged,
+            eval_timesteps=eval_timesteps,
+            num_simulations=num_simulations,
+            eval_simulations=eval_simulations,
+            merge_fields=merge_fields,
             seed=seed,
         )
-        self.mapping_questions = mapping_questions
-        self.fields = [grid] * 4 + [len(ASKED)]  # x, y of particle 1; x, y of particle 2; the question
-        self.name = f"collision_easy-grid{grid}-mapping{mapping_questions}-speed{speed}"
+        self.mapping_question_fraction = mapping_question_fraction
+        # Number of values of each field: x, y of particle 1 and of particle 2; the question.
+        self.field_sizes = [grid_size] * 4 + [len(COLLISIONS_ASKED)]
+        self.vocab_size = sum(self.field_sizes)
+        self.cache_name = f"collision_easy-grid{grid_size}-mapping{mapping_question_fraction}-velocity{velocity_std}"
 
-    def simulate(self, generator: np.random.Generator, worlds: int, length: int) -> np.ndarray:
-        """(worlds, length) moments."""
-        cells = self.fly(generator, 2 * worlds, length).reshape(worlds, 2, length, 2)
-        met = (cells[:, 0] == cells[:, 1]).all(-1)  # (worlds, length)
-        question = (generator.random(met.shape, np.float32) < self.mapping_questions).astype(np.uint8)
+    def simulate(self, rng: np.random.Generator, simulations: int, length: int) -> np.ndarray:
+        """Generate (simulations, length) records."""
+        cells = self.simulate_motion(rng, 2 * simulations, length).reshape(simulations, 2, length, 2)
+        collided = (cells[:, 0] == cells[:, 1]).all(-1)  # (simulations, length)
+        question = (rng.random(collided.shape, np.float32) < self.mapping_question_fraction).astype(np.uint8)
 
-        # The collisions of all worlds stand in one row, by world and time; last[k] is the place of the k-th last one.
-        collisions = np.append(np.flatnonzero(met), 0)  # the last is none: it keeps the row from being empty
-        place = np.cumsum(met).reshape(met.shape)  # how many so far, in all worlds up to this one
-        count = np.cumsum(met, axis=1)
-        last = (place - np.arange(1, 1 + max(ASKED))[:, None, None]).clip(0)  # (3, worlds, length)
-        right, lower = np.moveaxis(cells[:, 0] >= self.grid // 2, -1, 0)  # (worlds, length) each
-        quadrants = (right + 2 * lower).flat[collisions][last]  # (3, worlds, length)
+        # All collisions in one array, by simulation and time; last[k] is the index in it of the k-th last collision.
+        collisions = np.append(np.flatnonzero(collided), 0)  # the extra element keeps the array from being empty
+        total = np.cumsum(collided).reshape(collided.shape)  # collisions so far, of this and all earlier simulations
+        count = np.cumsum(collided, axis=1)  # collisions so far, of this simulation
+        last = (total - np.arange(1, 1 + max(COLLISIONS_ASKED))[:, None, None]).clip(0)  # (3, simulations, length)
+        quadrants = self.quadrants(cells[:, 0]).flat[collisions][last]  # (3, simulations, length)
         answer = np.where(question, LABELS[tuple(quadrants)], quadrants[0])
-        since = np.arange(met.size).reshape(met.shape) - collisions[np.where(question, last[2], last[0])]
-        known = count >= np.take(ASKED, question)
+        distance = np.arange(collided.size).reshape(collided.shape)
+        distance = distance - collisions[np.where(question, last[2], last[0])]
+        has_answer = count >= np.take(COLLISIONS_ASKED, question)
 
-        moments = np.empty(met.shape, self.moment)
-        fields = moments["fields"]
+        records = np.empty(collided.shape, self.record)
+        fields = records["fields"]
         fields[..., 0:2], fields[..., 2:4], fields[..., 4] = cells[:, 0], cells[:, 1], question
-        moments["answer"], moments["ago"] = np.where(known, answer, -1), np.where(known, since, 0)
-        return moments
+        records["answer"], records["distance"] = np.where(has_answer, answer, -1), np.where(has_answer, distance, 0)
+        return records

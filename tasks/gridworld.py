@@ -1,23 +1,16 @@
-"""Gridworlds in batches: B worlds that step together, as tensors on one device, without a loop over worlds.
+"""Batched gridworlds: B environments that step together, as tensors on one device, without a loop over environments.
 
-An agent sees the 3 x 3 cells around it and moves up, right, down or left (actions 0 to 3); against a wall it stays
-where it is. Every cell is a bag of words, so an observation is multi-hot: cell by cell from the upper left, word by
-word in the order of the task's `words`, and after the nine cells what else the task tells.
+An agent sees the 3 x 3 cells around it and moves up, right, down or left (actions 0 to 3); at a wall it stays where it
+is. Every cell is a bag of words, so an observation is multi-hot: cell by cell from the upper left, word by word in the
+order of the task's `cell_words`, and after the nine cells whatever else the task lets the agent observe.
 
     # # #      block      block        block
     . @ .      (nothing)  agent        (nothing)
     # R #      block      door, red    block
-
-A gridworld has these instead of a task's streams (stream.py), and grows harder by `feedback` as they do:
-
-    actions: int         number of different actions; classes: one more, for the value
-    vocabulary: int      length of an observation
-    measure: str         which of the figures in `Worlds.ended` is its result
-    progress: str        which of them, as a mean over episodes, `feedback` is to be told
-    worlds(environments, device, seed, split) -> Worlds      "train" is at the present stage, all else at the last
 """
 
 import math
+from abc import ABC, abstractmethod
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,185 +18,227 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .stream import SPLITS
+from .base import SPLITS, RLTask
 
 UP, RIGHT, DOWN, LEFT = range(4)
 RED, BLUE = range(2)
 LEGEND = {" ": "", "#": "block", "r": "object red", "b": "object blue", "R": "door red", "B": "door blue"}
 
 
-class Gridworld:
-    """What corridor and portal share: the growing stage, and the words beside the cells'.
+class Gridworld(RLTask):
+    """What corridor and portal share: the curriculum, and the length of an observation.
 
-    stage               how large the episodes are that begin from now on, from `first` to `full`
-    evaluated           how large they are in valid and in test
-    bar                 mean of `progress` from which the stage grows
-    wait                feedbacks that a stage lasts at least, as the first may be about episodes begun before it
-    last_action         whether the agent is told its last action: four words, none of them before the first action
+    Args:
+        initial_stage: Size of the first training episodes: maximum length of a corridor, number of rooms.
+        final_stage: Size up to which they grow.
+        eval_stage: Size of the episodes of valid and test.
+        curriculum_threshold: Mean of `progress_metric` from which they grow.
+        curriculum_min_intervals: Minimum number of calls of `update_curriculum` that a stage lasts; the first one may
+            be about episodes that began in the stage before.
+        observe_last_action: Whether the agent observes its last action: four words, none of them before the first.
+        seed: Seed of the random numbers.
+        num_extra_words: Number of words of an observation beside those of the cells and the last action.
     """
 
-    actions = 4
-    classes = actions + 1  # what a model puts out: the actions' scores, and the value
-    words: tuple[str, ...]
-    extra = 0  # words beside the cells' and the last action's
-    measure = progress = "success"
+    num_actions = 4
+    num_classes = num_actions + 1
+    metric = progress_metric = "success"
+    cell_words: tuple[str, ...]
+    curriculum_stage: int
 
-    def __init__(self, first: int, full: int, evaluated: int, bar: float, wait: int, last_action: bool, seed: int):
-        if wait < 1:
-            raise ValueError(f"task.wait must be at least 1 feedback, got {wait}")
+    def __init__(
+        self,
+        initial_stage: int,
+        final_stage: int,
+        eval_stage: int,
+        curriculum_threshold: float,
+        curriculum_min_intervals: int,
+        observe_last_action: bool,
+        seed: int,
+        num_extra_words: int = 0,
+    ):
+        if curriculum_min_intervals < 1:
+            limits = f"at least 1 interval, got {curriculum_min_intervals}"
+            raise ValueError(f"task.curriculum_min_intervals must be {limits}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        self.stage, self.full, self.evaluated, self.bar, self.wait = first, full, evaluated, bar, wait
-        self.last_action, self.seed = last_action, seed
-        self.feedbacks = 0  # at this stage
+        self.curriculum_stage, self.final_stage, self.eval_stage = initial_stage, final_stage, eval_stage
+        self.curriculum_threshold, self.curriculum_min_intervals = curriculum_threshold, curriculum_min_intervals
+        self.observe_last_action, self.seed = observe_last_action, seed
+        self.vocab_size = 9 * len(self.cell_words) + num_extra_words + self.num_actions * observe_last_action
+        self.intervals = 0  # calls of update_curriculum at this stage
 
-    @property
-    def vocabulary(self) -> int:
-        return 9 * len(self.words) + self.extra + self.actions * self.last_action
-
-    def worlds(
-        self, environments: int, device: torch.device | str = "cpu", seed: int = 0, split: str = "train"
-    ) -> "Worlds":
-        """Worlds at the start of their first episodes; `seed` tells apart several of a split in one run."""
-        if environments < 1:
-            raise ValueError(f"there must be at least 1 environment, got {environments}")
+    def make_envs(
+        self, num_envs: int, device: torch.device | str = "cpu", seed: int = 0, split: str = "train"
+    ) -> "GridworldEnvs":
+        if num_envs < 1:
+            raise ValueError(f"there must be at least 1 environment, got {num_envs}")
         mixed = np.random.SeedSequence([self.seed, SPLITS.index(split), seed]).generate_state(1, np.uint64)
-        return self.make(environments, torch.Generator(device).manual_seed(int(mixed[0])), split == "train")
+        return self.create_envs(num_envs, torch.Generator(device).manual_seed(int(mixed[0])), split == "train")
 
-    def make(self, environments: int, generator: torch.Generator, train: bool) -> "Worlds":
-        raise NotImplementedError
+    @abstractmethod
+    def create_envs(self, num_envs: int, generator: torch.Generator, train: bool) -> "GridworldEnvs":
+        """Return environments that draw from `generator`, on its device."""
 
-    def harder(self) -> int:
-        """The stage after this one."""
-        raise NotImplementedError
+    @abstractmethod
+    def next_stage(self) -> int:
+        """The stage after the present one."""
 
-    def feedback(self, progress: float) -> None:
-        """Mean of `progress` over the training episodes that ended of late; nan, where none did, counts for nothing."""
-        if self.stage == self.full or math.isnan(progress):
+    def update_curriculum(self, progress: float) -> None:
+        """Enlarge the episodes that begin from now on once the mean progress is high enough; nan does not count."""
+        if self.curriculum_stage == self.final_stage or math.isnan(progress):
             return
-        self.feedbacks += 1
-        if progress >= self.bar and self.feedbacks >= self.wait:
-            self.stage, self.feedbacks = min(self.harder(), self.full), 0
+        self.intervals += 1
+        if progress >= self.curriculum_threshold and self.intervals >= self.curriculum_min_intervals:
+            self.curriculum_stage, self.intervals = min(self.next_stage(), self.final_stage), 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stage": self.stage, "feedbacks": self.feedbacks}
+        return {"curriculum_stage": self.curriculum_stage, "intervals": self.intervals}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stage, self.feedbacks = state["stage"], state["feedbacks"]
+        self.curriculum_stage, self.intervals = state["curriculum_stage"], state["intervals"]
 
 
-class Worlds:
-    """B episodes side by side; one that ends is followed by a new one at once.
+class GridworldEnvs(ABC):
+    """B episodes in parallel; one that ends is followed by a new one at once.
 
-    What an episode consists of is drawn by `begin`, and changed by `move`: two methods, and the view, make a world.
-    `ended` holds, after each step, the figures of every episode as they then stood, (B,) each, to be read where the
-    step was the episode's last: success, return, length (timesteps), late (it ended by the time limit alone) ...
+    A gridworld implements `sample_episodes`, `transition`, `observation_parts` and `ascii_map`.
+
+    Attributes:
+        episode: what the episodes consist of, tensors (B, ...). Steps replace them and never write into them.
+        episode_info: after each step, (B,) each, to be read where the step was the last of its episode: success,
+            episode_return, episode_length (timesteps), truncated (ended by max_episode_steps alone) ...
     """
 
-    def __init__(self, task: Any, environments: int, generator: torch.Generator, train: bool):
-        self.task, self.environments, self.generator, self.train = task, environments, generator, train
+    def __init__(self, task: Gridworld, num_envs: int, generator: torch.Generator, train: bool):
+        self.task, self.num_envs, self.generator, self.train = task, num_envs, generator, train
         self.device = generator.device
-        self.told = torch.eye(task.actions + 1, device=self.device)[:, 1:]  # (5, 4): row 0 is no action yet
-        self.zeros = torch.zeros(environments, dtype=torch.int64, device=self.device)
-        self.ended: dict[str, Tensor] = {}
-        self.episode = SimpleNamespace(**self.fresh())  # tensors (B, ...), replaced by every step, never written into
+        self.last_action_words = torch.eye(task.num_actions + 1, device=self.device)[:, 1:]  # (5, 4): row 0 is none yet
+        self.zeros = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
+        self.episode_info: dict[str, Tensor] = {}
+        self.episode = SimpleNamespace(**self.initial_episodes())
 
     @property
     def steps(self) -> Tensor:
-        """Timesteps since the episode began, (B,) int64: 0 at its first observation."""
+        """(B,) int64: timesteps since each episode began; 0 at its first observation."""
         return self.episode.steps
 
     @property
     def stage(self) -> int:
-        return self.task.stage if self.train else self.task.evaluated
+        """The size of the episodes that begin from now on."""
+        return self.task.curriculum_stage if self.train else self.task.eval_stage
 
-    def draw(self, least: int, most: int, *each: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        """Whole numbers from least to most: (B, *each)."""
-        shape = (self.environments, *each)
-        return torch.randint(least, most + 1, shape, generator=self.generator, device=self.device, dtype=dtype)
+    def random_integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Uniform integers from low to high, both included: (B, *shape)."""
+        size = (self.num_envs, *shape)
+        return torch.randint(low, high + 1, size, generator=self.generator, device=self.device, dtype=dtype)
 
-    def begin(self) -> dict[str, Tensor]:
-        """B new episodes, of which those are used whose world needs one; `limit` (B,), in timesteps, among the rest."""
-        raise NotImplementedError
+    @abstractmethod
+    def sample_episodes(self) -> dict[str, Tensor]:
+        """Draw B new episodes, of which `reset` uses those it needs; with `max_episode_steps` (B,) among the rest."""
 
-    def move(self, action: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Moves the agents: reward (B,) float32, whether the episode is over (B,) bool, and its further figures."""
-        raise NotImplementedError
+    @abstractmethod
+    def transition(self, action: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Move the agents.
 
-    def seen(self) -> list[tuple[Tensor, Tensor]]:
-        """The observation in parts: a table (n, words) and each world's row in it (B,)."""
-        raise NotImplementedError
+        Returns:
+            reward: (B,) float32.
+            terminated: (B,) bool.
+            info: what `episode_info` has beside the keys that all gridworlds share, (B,) each.
+        """
 
-    def drawing(self, world: int) -> tuple[list[str], int, int, str]:
-        """One world as rows of the legend's letters, the agent's row and column in them, and a caption."""
-        raise NotImplementedError
+    @abstractmethod
+    def observation_parts(self) -> list[tuple[Tensor, Tensor]]:
+        """The observation in parts: a table (n, words) and the row of it that each agent observes (B,)."""
+
+    @abstractmethod
+    def ascii_map(self, env: int) -> tuple[list[str], int, int, str]:
+        """Draw one environment: rows of the legend's letters, the agent's row and column in them, a caption."""
 
     def observe(self) -> Tensor:
-        """What each agent sees: (B, vocabulary) float32, multi-hot."""
-        parts = self.seen()
-        if self.task.last_action:
-            parts.append((self.told, self.episode.action))
+        """What each agent observes: (B, vocab_size) float32, multi-hot."""
+        parts = self.observation_parts()
+        if self.task.observe_last_action:
+            parts.append((self.last_action_words, self.episode.last_action))
         return torch.cat([table.index_select(0, row) for table, row in parts], dim=1)
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes action (B,) int64, 0 to 3; gives reward (B,) float32 and done (B,) bool: those are in a new episode."""
-        reward, done = self.advance(action)
-        self.restart(done)
+        """Take a step in all environments, and reset those whose episode ended.
+
+        Args:
+            action: Actions, (B,) int64, 0 to 3.
+
+        Returns:
+            reward: (B,) float32.
+            done: (B,) bool: the episode was terminated or truncated, and a new one has begun.
+        """
+        reward, done = self.step_without_reset(action)
+        self.reset(done)
         return reward, done
 
-    def advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """A step without what follows it: the done worlds still show their last observation."""
-        reward, over, figures = self.move(action)
+    def step_without_reset(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        """As `step`, but environments that are done still show the last observation of their episode."""
+        reward, terminated, info = self.transition(action)
         episode = self.episode
-        episode.steps, episode.gained, episode.action = episode.steps + 1, episode.gained + reward, action + 1
-        late = (episode.steps >= episode.limit) & ~over
-        self.ended = {"return": episode.gained, "length": episode.steps, "late": late, **figures}
-        return reward, over | late
+        episode.steps = episode.steps + 1
+        episode.episode_return = episode.episode_return + reward
+        episode.last_action = action + 1
+        truncated = (episode.steps >= episode.max_episode_steps) & ~terminated
+        self.episode_info = {
+            "episode_return": episode.episode_return,
+            "episode_length": episode.steps,
+            "truncated": truncated,
+            **info,
+        }
+        return reward, terminated | truncated
 
-    def restart(self, done: Tensor) -> None:
-        """New episodes for the worlds of the mask (B,)."""
-        new = self.fresh()
+    def reset(self, mask: Tensor) -> None:
+        """Begin new episodes where mask (B,) bool is true."""
+        new = self.initial_episodes()
         for name, value in vars(self.episode).items():
-            mask = done if value.dim() == 1 else done[:, None]
-            setattr(self.episode, name, torch.where(mask, new[name], value))
+            condition = mask if value.dim() == 1 else mask[:, None]
+            setattr(self.episode, name, torch.where(condition, new[name], value))
 
-    def fresh(self) -> dict[str, Tensor]:
-        return {"steps": self.zeros, "gained": self.zeros.float(), "action": self.zeros, **self.begin()}
+    def initial_episodes(self) -> dict[str, Tensor]:
+        """New episodes at their first timestep."""
+        counters = {"steps": self.zeros, "episode_return": self.zeros.float(), "last_action": self.zeros}
+        return {**counters, **self.sample_episodes()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state(), "episode": dict(vars(self.episode))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved = len(state["episode"]["steps"])
-        if saved != self.environments:
-            raise ValueError(f"train.batch must be {saved} environments as in the checkpoint, got {self.environments}")
+        if saved != self.num_envs:
+            limits = f"{saved} environments as in the checkpoint, got {self.num_envs}"
+            raise ValueError(f"train.batch_size must be {limits}")
         self.generator.set_state(state["generator"].cpu())
         self.episode = SimpleNamespace(**{name: value.to(self.device) for name, value in state["episode"].items()})
 
-    def frame(self, world: int = 0, width: int = 78) -> str:
-        """One world as text, at most `width` columns of it around the agent."""
-        rows, row, column, caption = self.drawing(world)
+    def render(self, env: int = 0, width: int = 78) -> str:
+        """Draw one environment as text, at most `width` columns of it around the agent."""
+        rows, row, column, caption = self.ascii_map(env)
         rows[row] = rows[row][:column] + "@" + rows[row][column + 1 :]
         left = max(0, min(column - width // 2, len(rows[row]) - width))
-        caption += f", step {self.episode.steps[world]}, return {self.episode.gained[world]:.1f}"
-        return "\n".join([*(each[left : left + width] for each in rows), caption])
+        caption += f", step {self.episode.steps[env]}, return {self.episode.episode_return[env]:.1f}"
+        return "\n".join([*(line[left : left + width] for line in rows), caption])
 
 
-def view(rows: list[str], row: int, column: int, words: tuple[str, ...]) -> Tensor:
-    """The 3 x 3 cells of a drawing around the agent's, as words: (9 * len(words),) float32."""
-    cells = torch.zeros(3, 3, len(words))
+def agent_view(rows: list[str], row: int, column: int, cell_words: tuple[str, ...]) -> Tensor:
+    """The 3 x 3 cells of a map around an agent at (row, column), as words: (9 * len(cell_words),) float32."""
+    cells = torch.zeros(3, 3, len(cell_words))
     for down in range(3):
         for right in range(3):
-            found = LEGEND[rows[row + down - 1][column + right - 1]].split() + ["agent"] * (down == right == 1)
-            cells[down, right, [words.index(word) for word in found]] = 1
+            words = LEGEND[rows[row + down - 1][column + right - 1]].split() + ["agent"] * (down == right == 1)
+            cells[down, right, [cell_words.index(word) for word in words]] = 1
     return cells.flatten()
 
 
-def noticed(task: Gridworld, observation: Tensor) -> str:
-    """The legend's letter of an object or door among the nine cells of an observation (vocabulary,), else a dot."""
-    cells = observation[: 9 * len(task.words)].view(9, -1)
+def landmark_in_view(task: Gridworld, observation: Tensor) -> str:
+    """The legend's letter of the object or door that an observation (vocab_size,) shows; "." if there is none."""
+    cells = observation[: 9 * len(task.cell_words)].view(9, -1)
     for letter in "rbRB":
-        there = [task.words.index(word) for word in LEGEND[letter].split() if word in task.words]
-        if len(there) == 2 and cells[:, there].all(1).any():
+        words = [task.cell_words.index(word) for word in LEGEND[letter].split() if word in task.cell_words]
+        if len(words) == 2 and cells[:, words].all(1).any():
             return letter
     return "."

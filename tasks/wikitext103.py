@@ -1,82 +1,106 @@
-"""Wikitext-103: predict the next word of good and featured articles of Wikipedia.
+"""Wikitext-103 (section A.1.1, table 5): predict the next word of good and featured articles of Wikipedia.
 
     | train: 103,227,021 words                                       | valid: 217,646 | test: 245,569 |
 
-Words are what whitespace parts, as published, and <eos> for each end of a line. Scored is every word but a part's
-first, ends of lines too: perplexity is of these, as in the literature.
+Words are separated by whitespace, as published, and <eos> ends each line. Every word of a split but the first is
+scored, the ends of lines too: perplexity is of these, as in the literature.
 """
 
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from .download import CHUNK, cache_folder, download, keep
-from .stream import SPLITS
-from .tokens import TokenStream
+from .base import SPLITS, Task
+from .data_cache import CHUNK, HubError, cache_dir, cached_file, download, read_hub
+from .token_stream import TokenStream
 
+HUB_DATASET = ("Salesforce/wikitext", "wikitext-103-v1")
 URL = "https://wikitext.smerity.com/wikitext-103-v1.zip"
 ZIP_SIZE, ZIP_SHA256 = 190_229_076, "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"
-MIRROR = ("Salesforce/wikitext", "wikitext-103-v1")  # of `datasets`: the same lines
-WORDS = {"train": 103_227_021, "valid": 217_646, "test": 245_569}
-TYPES = 267_735
-END = "<eos>"
+NUM_WORDS = {"train": 103_227_021, "valid": 217_646, "test": 245_569}
+VOCAB_SIZE = 267_735
+END_OF_LINE = "<eos>"
 
 
-class Wikitext103:
-    """The files are fetched on first use, from a mirror if need be, counted, and turned into tokens.
+class Wikitext103(Task):
+    """The text is downloaded on first use, checked by its word counts, and turned into tokens in the cache folder.
 
-    folder      holds wiki.{train,valid,test}.tokens, or wikitext-103-v1.zip, or will (None: the cache folder)
+    It comes from the Hugging Face Hub or, if that fails, from the published archive. The tokens are the words of the
+    train split, the most frequent first and equally frequent ones in alphabetical order, as adaptive softmax wants
+    them. The other splits have no other words.
 
-    A token is a word of the train part, the most frequent first and equally frequent ones by the alphabet, as an
-    adaptive softmax wants them; `alphabet` are these words in order. The other parts have no others.
+    Args:
+        data_dir: Folder that has wiki.{train,valid,test}.tokens or wikitext-103-v1.zip, or will have them (None: in the
+            cache folder). Files that exist are not downloaded again.
 
-    Raises FileNotFoundError where a file is missing and cannot be fetched, ValueError where one is not the published.
+    Attributes:
+        splits: the tokens of each split, (N,) int32.
+
+    Raises:
+        FileNotFoundError: if a file is missing and cannot be downloaded.
+        ValueError: if a file is not the published one.
     """
 
-    measure = "ppl"
-    answer = "token"
+    metric = "ppl"
+    scoring = "token"
 
-    def __init__(self, folder: str | Path | None = None):
-        prepared = cache_folder() / "wikitext103"
-        place = Path(folder).expanduser() if folder else prepared
-        texts = {split: place / f"wiki.{split}.tokens" for split in SPLITS}
-        paths = {split: prepared / f"{split}.int32" for split in SPLITS}
-        if not all(path.exists() for path in paths.values()):
-            obtain(texts)
-        words = keep(prepared / "words.txt", partial(vocabulary, texts["train"])).read_text(encoding="utf-8")
-        self.alphabet = words.splitlines()
-        self.vocabulary = self.classes = len(self.alphabet)
-        number = {word: token for token, word in enumerate(self.alphabet)}
-        self.parts = {}
-        for split, path in paths.items():
-            keep(path, partial(encode, texts[split], number, WORDS[split]))
-            self.parts[split] = np.memmap(path, np.int32, mode="r")  # (words,)
-        self.data = {split: {"words": len(part)} for split, part in self.parts.items()}
+    def __init__(self, data_dir: str | Path | None = None):
+        prepared = cache_dir() / "wikitext103"
+        folder = Path(data_dir).expanduser() if data_dir else prepared
+        texts = {split: folder / f"wiki.{split}.tokens" for split in SPLITS}
+        token_files = {split: prepared / f"{split}.int32" for split in SPLITS}
+        if not all(path.exists() for path in token_files.values()):
+            provide_texts(texts)
+        vocab_file = cached_file(prepared / "words.txt", partial(build_vocab, texts["train"]))
+        self.vocab = vocab_file.read_text(encoding="utf-8").splitlines()
+        self.vocab_size = self.num_classes = len(self.vocab)
+        token_of = {word: token for token, word in enumerate(self.vocab)}
+        self.splits = {}
+        for split, path in token_files.items():
+            cached_file(path, partial(encode, texts[split], token_of, NUM_WORDS[split]))
+            self.splits[split] = np.memmap(path, np.int32, mode="r")
+        self.data_info = {split: {"words": len(tokens)} for split, tokens in self.splits.items()}
 
-    def stream(self, split: str, batch: int, block: int) -> TokenStream:
-        name = f"Wikitext-103's {split} part"
-        return TokenStream(self.parts[split], batch, block, endless=split == "train", name=name)
+    def stream(self, split: str, batch_size: int, block_size: int) -> TokenStream:
+        name = f"Wikitext-103's {split} split"
+        return TokenStream(self.splits[split], batch_size, block_size, endless=split == "train", name=name)
 
 
-def obtain(texts: dict[str, Path]) -> None:
-    """Fetches what is missing of these files."""
-    missing = {split: path for split, path in texts.items() if not path.exists()}
-    if not missing:
-        return
-    folder = texts["train"].parent
-    try:
-        archive = download(URL, folder / "wikitext-103-v1.zip", ZIP_SIZE, ZIP_SHA256)
-    except FileNotFoundError as error:
-        for split, path in missing.items():
-            keep(path, partial(mirrored, split, f"{path} is missing, and {error}"))
-        return
-    for path in missing.values():
-        keep(path, partial(unpack, archive, path.name))
+def provide_texts(texts: dict[str, Path]) -> None:
+    """Write those of these files that do not exist: from an archive beside them, the Hub, or the published archive."""
+    archive = texts["train"].parent / "wikitext-103-v1.zip"
+    if not archive.exists():
+        with suppress(HubError):
+            for split, path in texts.items():
+                cached_file(path, partial(hub_text, split))
+    for path in texts.values():
+        if not path.exists():
+            try:
+                download(URL, archive, ZIP_SIZE, ZIP_SHA256)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{path} is missing, and {error}") from None
+            cached_file(path, partial(unpack, archive, path.name))
+
+
+def hub_text(split: str) -> Iterator[bytes]:
+    """The lines of a split on the Hub.
+
+    Raises:
+        HubError: if they cannot be loaded or do not have the published number of words.
+    """
+    num_words = 0
+    for row in read_hub(*HUB_DATASET, split=split):
+        line = row["text"].rstrip("\n")
+        num_words += len(line.split()) + 1
+        yield f"{line}\n".encode()
+    if num_words != NUM_WORDS[split]:
+        raise HubError(f"{HUB_DATASET[0]} has {num_words:,} words in {split}, not the published {NUM_WORDS[split]:,}")
 
 
 def unpack(archive: Path, name: str) -> Iterator[bytes]:
@@ -85,55 +109,43 @@ def unpack(archive: Path, name: str) -> Iterator[bytes]:
             yield chunk
 
 
-def mirrored(split: str, trouble: str) -> Iterator[bytes]:
-    """The part's lines out of `datasets`; raises FileNotFoundError with `trouble` where that fails, too."""
-    try:
-        from datasets import load_dataset
-
-        rows = load_dataset(*MIRROR, split="validation" if split == "valid" else split)
-    except Exception:  # its client's errors are of many kinds
-        raise FileNotFoundError(trouble) from None
-    for row in rows:
-        yield (row["text"].rstrip("\n") + "\n").encode()
-
-
-def lines(path: Path) -> Iterator[list[str]]:
-    """The words of each line, with its end."""
+def read_lines(path: Path) -> Iterator[list[str]]:
+    """The words of each line, and its end."""
     with (
         open(path, encoding="utf-8") as file,
         tqdm(desc=path.name, total=path.stat().st_size, unit="B", unit_scale=True, disable=None) as bar,
     ):
         try:
             for line in file:
-                yield [*line.split(), END]
+                yield [*line.split(), END_OF_LINE]
                 bar.update(len(line))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error}); delete it and run again") from None
 
 
-def vocabulary(train: Path) -> Iterator[bytes]:
-    """The words, one a line."""
+def build_vocab(train: Path) -> Iterator[bytes]:
+    """The words of the train split, one per line, the most frequent first."""
     counts: Counter[str] = Counter()
-    for words in lines(train):
+    for words in read_lines(train):
         counts.update(words)
-    refuse_other(train, "words", counts.total(), WORDS["train"])
-    refuse_other(train, "different words", len(counts), TYPES)
+    check_count(train, "words", counts.total(), NUM_WORDS["train"])
+    check_count(train, "different words", len(counts), VOCAB_SIZE)
     for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         yield f"{word}\n".encode()
 
 
-def encode(path: Path, number: dict[str, int], expected: int) -> Iterator[bytes]:
-    """The tokens, int32."""
-    total = 0
-    for words in lines(path):
-        total += len(words)
+def encode(path: Path, token_of: dict[str, int], expected: int) -> Iterator[bytes]:
+    """The tokens of a file, int32."""
+    num_words = 0
+    for words in read_lines(path):
+        num_words += len(words)
         try:
-            yield np.array([number[word] for word in words], np.int32).tobytes()
+            yield np.array([token_of[word] for word in words], np.int32).tobytes()
         except KeyError as error:
-            raise ValueError(f"{path} has {error}, which the train part has not: delete it and run again") from None
-    refuse_other(path, "words", total, expected)
+            raise ValueError(f"{path} has {error}, which is not in the train split: delete it and run again") from None
+    check_count(path, "words", num_words, expected)
 
 
-def refuse_other(path: Path, what: str, have: int, published: int) -> None:
-    if have != published:
-        raise ValueError(f"{path} has {have:,} {what}, not the published {published:,}: delete it and run again")
+def check_count(path: Path, what: str, count: int, published: int) -> None:
+    if count != published:
+        raise ValueError(f"{path} has {count:,} {what}, not the published {published:,}: delete it and run again")

@@ -52,11 +52,11 @@ def test_the_wheel_holds_every_source_and_config_and_no_other_top_level_name(whe
     assert {name.split("/")[0].split("-")[0] for name in names} <= {"expire_span"} | {wheel.name.split("-")[0]}
     for inside, source in SOURCES.items():
         for path in (ROOT / source).rglob("*"):
-            if path.suffix in (".py", ".cpp", ".yaml"):
+            if path.suffix in (".py", ".cpp", ".h", ".yaml"):
                 assert f"{inside}/{path.relative_to(ROOT / source)}" in names
 
 
-def test_it_works_from_a_folder_with_tasks_and_conf_of_its_own(installed, tmp_path):
+def test_it_works_from_a_folder_that_has_folders_named_tasks_and_conf(installed, tmp_path):
     for name in ("tasks", "conf"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("mine = True\n")
@@ -68,26 +68,73 @@ def test_it_works_from_a_folder_with_tasks_and_conf_of_its_own(installed, tmp_pa
     assert "_target_: expire_span.TransXL" in config
 
 
-def test_a_task_of_the_users_own_needs_one_file_and_one_yaml(installed, tmp_path):
-    (tmp_path / "parity.py").write_text(
-        "from expire_span.tasks.text import Text\n\n\n"
-        "class Parity(Text):\n"
-        "    def __init__(self, path: str):\n"
-        "        super().__init__(path)\n"
-    )
-    (tmp_path / "mine" / "task").mkdir(parents=True)
-    (tmp_path / "mine" / "task" / "parity.yaml").write_text("_target_: parity.Parity\npath: bits.txt\n")
+TASK = """
+from expire_span.tasks.text import Text
+
+
+class Parity(Text):
+    def __init__(self, path: str):
+        super().__init__(path)
+"""
+MECHANISM = """
+import torch
+
+from expire_span import Mechanism
+
+
+class LongFirstLayer(Mechanism):
+    def __init__(self, max_span: int, ramp: float):
+        super().__init__(max_span, ramp, num_positions=max_span)
+
+    def span(self, memory):
+        return torch.full((1, 1), float(self.max_span))
+"""
+CONFIGS = {
+    "task/parity.yaml": "_target_: MODULE.Parity\npath: bits.txt\n",
+    "model/long_first_layer.yaml": "_target_: MODULE.LongFirstLayer\nmax_span: ${memory.max_span}\nramp: 4\n",
+}
+TRAIN = ["task=parity", "model=long_first_layer", "train.updates=2", "train.batch_size=2", "memory.max_span=64"]
+
+
+def write_configs(folder, module):
+    for name, text in CONFIGS.items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text.replace("MODULE", module))
+
+
+def test_a_task_and_a_mechanism_of_the_users_own_need_one_file_and_one_yaml_each(installed, tmp_path):
+    (tmp_path / "my_task.py").write_text(TASK + MECHANISM)
+    write_configs(tmp_path / "mine", "my_task")
     (tmp_path / "bits.txt").write_text("0110100110010110" * 500)
-    sizes = ["train.updates=2", "train.batch=2", "wandb.mode=disabled", "memory.max_span=64"]
-    out = python("-m", "expire_span", "--config-dir", "mine", "task=parity", *sizes, installed=installed, cwd=tmp_path)
-    assert "test/bpb" in out
+    arguments = ["-m", "expire_span", "--config-dir", "mine", *TRAIN, "wandb.mode=disabled"]
+    assert "test/bpb" in python(*arguments, installed=installed, cwd=tmp_path)
 
 
-def test_help_speaks_of_this_project(installed, tmp_path):
+def test_an_installed_package_adds_its_task_and_mechanism_by_an_entry_point(installed, tmp_path):
+    site, work = tmp_path / "site", tmp_path / "work"
+    (site / "my_package").mkdir(parents=True)
+    (site / "my_package/__init__.py").write_text(TASK + MECHANISM)
+    write_configs(site / "my_package/conf", "my_package")
+    (site / "my_package/conf/__init__.py").write_text("")
+    metadata = site / "my_package-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[expire_span.conf]\nmine = my_package.conf\n")
+    work.mkdir()
+    (work / "bits.txt").write_text("0110100110010110" * 500)
+    both = f"{installed}{os.pathsep}{site}"
+    output = python("-m", "expire_span", *TRAIN, "wandb.mode=disabled", installed=both, cwd=work)
+    assert "test/bpb" in output
+    [summary] = work.glob("runs/*/*/summary.json")
+    resumed = ["-m", "expire_span", f"resume={summary.parent}", "train.updates=3"]
+    assert "test/bpb" in python(*resumed, installed=both, cwd=work)
+
+
+def test_help_is_this_projects_own_and_names_every_model(installed, tmp_path):
     out = python("-m", "expire_span", "--help", installed=installed, cwd=tmp_path)
     assert "Transformers that learn what to forget" in out
-    for each in ("evaluate=RUN", "resume=RUN", "model: adaptive_span, compressive, expire_span, trans_xl"):
-        assert each in out
+    for words in ("evaluate=RUN", "resume=RUN", "model: adaptive_span, compressive, expire_span, trans_xl"):
+        assert words in out
 
 
 def test_the_readmes_python_runs():

@@ -1,4 +1,4 @@
-"""What only training shows. Minutes each: `make test-slow`."""
+"""What only training shows. Each test takes minutes: `make test-slow`."""
 
 import hashlib
 import math
@@ -6,78 +6,77 @@ import random
 
 import pytest
 import torch
-from tiny import composed, tiny
+from tiny_config import compose_config, tiny_config
 
 from expire_span import ExpireSpan, Transformer, TransformerConfig
-from expire_span.runner.loop import train
-from expire_span.runner.record import read_metrics
-from expire_span.runner.settings import checked
-from expire_span.runner.training import Training
+from expire_span.runner.config.schema import validate
+from expire_span.runner.run_folder.files import read_metrics
+from expire_span.runner.train import train
+from expire_span.runner.trainer import Trainer
 from expire_span.tasks import pg19, wikitext103
-from expire_span.tasks.chatter import build_chatter
+from expire_span.tasks.dialogue import load_dialogue
 
 pytestmark = pytest.mark.slow
-QUIET = ["wandb.mode=disabled", "run.device=cpu", "run.threads=1", "run.progress=false"]
+QUIET = ["wandb.mode=disabled", "run.device=cpu", "run.num_threads=1", "run.progress_bar=false"]
+
+
+def train_mini(folder, *overrides):
+    return train(validate(compose_config("size=mini", *overrides, *QUIET)), folder)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_expire_span_mini_copies_with_less_than_a_quarter_of_the_full_memory(seed, tmp_path):
-    figures = train(checked(composed("task=copy", "model=expire_span", "size=mini", f"seed={seed}", *QUIET)), tmp_path)
-    everything = (256 - 1) / 2  # what Transformer-XL's queries see on average when nothing is forgotten
-    assert figures["test/accuracy"] >= 0.95
-    assert figures["test/memory/size"] < everything / 4
+    metrics = train_mini(tmp_path, "task=copy", "model=expire_span", f"seed={seed}")
+    full_memory = (256 - 1) / 2  # the average memory size when nothing is forgotten
+    assert metrics["test/accuracy"] >= 0.95
+    assert metrics["test/memory/size"] < full_memory / 4
 
 
-def test_transformer_xl_of_the_same_memory_stays_near_guessing_beyond_its_reach(tmp_path):
-    config = checked(composed("task=copy", "model=trans_xl", "size=mini", "model.max_span=17", *QUIET))
-    figures = train(config, tmp_path)
-    assert figures["test/accuracy_distance_128_256"] < 0.35  # guessing: 0.25
+def test_transformer_xl_of_the_same_memory_size_is_near_chance_beyond_its_span(tmp_path):
+    metrics = train_mini(tmp_path, "task=copy", "model=trans_xl", "model.max_span=17")
+    assert metrics["test/accuracy_distance_128_256"] < 0.35  # guessing: 0.25
 
 
-def test_expire_span_mini_remembers_collisions_alone(tmp_path):
-    config = checked(composed("task=collision", "model=expire_span", "size=mini", *QUIET))
-    figures = train(config, tmp_path)
-    assert figures["test/error"] < 0.1  # guessing: 0.75
-    assert figures["test/memory/size"] < 32
+def test_expire_span_mini_keeps_little_more_than_the_collisions(tmp_path):
+    metrics = train_mini(tmp_path, "task=collision", "model=expire_span")
+    assert metrics["test/error"] < 0.1  # guessing: 0.75
+    assert metrics["test/memory/size"] < 32
 
 
 def test_transformer_xl_of_the_same_memory_forgets_most_collisions(tmp_path):
-    config = checked(composed("task=collision", "model=trans_xl", "size=mini", "model.max_span=25", *QUIET))
-    figures = train(config, tmp_path)
-    assert figures["test/error"] > 0.25
+    metrics = train_mini(tmp_path, "task=collision", "model=trans_xl", "model.max_span=25")
+    assert metrics["test/error"] > 0.25
 
 
-def test_expire_span_mini_remembers_the_last_collisions_without_colours(tmp_path):
-    config = checked(composed("task=collision_easy", "model=expire_span", "size=mini", *QUIET))
-    figures = train(config, tmp_path)
-    assert figures["test/error"] < 0.35  # guessing: 0.75
-    assert figures["test/memory/size"] < 32
+def test_expire_span_mini_remembers_the_last_collisions_without_colors(tmp_path):
+    metrics = train_mini(tmp_path, "task=collision_easy", "model=expire_span")
+    assert metrics["test/error"] < 0.35  # guessing: 0.75
+    assert metrics["test/memory/size"] < 32
 
 
 def test_expire_span_mini_remembers_who_gave_an_instruction(tmp_path):
-    figures = train(checked(composed("task=instruction", "model=expire_span", "size=mini", *QUIET)), tmp_path)
-    assert figures["test/accuracy_distance_128_256"] > 0.3  # guessing who gave it: 0.25 at best
-    assert figures["test/memory/size"] < 64
+    metrics = train_mini(tmp_path, "task=instruction", "model=expire_span")
+    assert metrics["test/accuracy_distance_128_256"] > 0.3  # guessing who gave it: 0.25 at best
+    assert metrics["test/memory/size"] < 64
 
 
 def test_expire_span_mini_finds_the_right_door_of_a_corridor(tmp_path):
-    figures = train(checked(composed("task=corridor", "model=expire_span", "size=mini", *QUIET)), tmp_path)
-    assert figures["test/rl/success"] > 0.93
-    assert figures["test/rl/success_distance_32_64"] > 0.8  # guessing: 0.5
-    assert figures["test/memory/size"] < 9
+    metrics = train_mini(tmp_path, "task=corridor", "model=expire_span")
+    assert metrics["test/rl/success"] > 0.93
+    assert metrics["test/rl/success_distance_32_64"] > 0.8  # guessing: 0.5
+    assert metrics["test/memory/size"] < 9
 
 
-def test_transformer_xl_of_the_same_memory_guesses_the_door_of_a_long_corridor(tmp_path):
-    config = checked(composed("task=corridor", "model=trans_xl", "size=mini", "model.max_span=12", *QUIET))
-    figures = train(config, tmp_path)
-    assert figures["test/rl/success_distance_2_4"] > 0.9
-    assert figures["test/rl/success_distance_32_64"] < 0.65  # it reaches back through 2 x 12 cells
+def test_transformer_xl_of_the_same_memory_size_is_near_chance_in_long_corridors(tmp_path):
+    metrics = train_mini(tmp_path, "task=corridor", "model=trans_xl", "model.max_span=12")
+    assert metrics["test/rl/success_distance_2_4"] > 0.9
+    assert metrics["test/rl/success_distance_32_64"] < 0.65  # two layers of span 12 reach back 24 cells
 
 
 def test_expire_span_mini_passes_the_portals_to_the_last_room(tmp_path):
-    figures = train(checked(composed("task=portal", "model=expire_span", "size=mini", *QUIET)), tmp_path)
-    assert figures["test/rl/rooms"] > 5.5  # of 6
-    assert figures["test/memory/size"] < 9
+    metrics = train_mini(tmp_path, "task=portal", "model=expire_span")
+    assert metrics["test/rl/rooms"] > 5.5  # of 6
+    assert metrics["test/memory/size"] < 9
 
 
 def test_small_texts_are_learned_and_a_larger_alpha_keeps_fewer_memories(tmp_path):
@@ -87,50 +86,47 @@ def test_small_texts_are_learned_and_a_larger_alpha_keeps_fewer_memories(tmp_pat
     for alpha in ("1e-6", "1e-3"):
         folder = tmp_path / alpha
         folder.mkdir()
-        figures = train(
-            checked(composed("task=text", f"task.path={text}", f"memory.alpha={alpha}", "train.updates=300", *QUIET)),
-            folder,
-        )
-        assert figures["test/bpb"] < 2.0  # bytes alone, without their neighbours, cost more than 4
-        sizes.append(figures["test/memory/size"])
+        metrics = train_mini(folder, "task=text", f"task.path={text}", f"memory.alpha={alpha}", "train.updates=300")
+        assert metrics["test/bpb"] < 2.0  # bytes alone, without their neighbors, cost more than 4
+        sizes.append(metrics["test/memory/size"])
     assert sizes[1] < sizes[0]
 
 
-def chatter(sentences, seed):
-    """Text of a small grammar: of 12 words a sentence 6 are free, which cost a bit a word on average."""
-    choose = random.Random(seed)
-    return [choose.choice(build_chatter(None)["train"]) for _ in range(sentences)]
+def grammar_sentences(count, seed):
+    """Sentences of a small grammar, which cost about a bit per word: of 12 words 6 are free choices."""
+    rng = random.Random(seed)
+    return [rng.choice(load_dialogue(None)["train"]) for _ in range(count)]
 
 
 def test_pg19_mini_learns_the_characters_of_a_few_books(tmp_path, monkeypatch):
     monkeypatch.setenv("EXPIRE_SPAN_CACHE", str(tmp_path / "cache"))
     index = {"train": [], "valid": [], "test": []}
     for number, split in enumerate(["train"] * 8 + ["validation", "test"]):
-        content = "\r\n".join(chatter(1500, number)).encode()
+        content = "\r\n".join(grammar_sentences(1500, number)).encode()
         file = tmp_path / split / f"{number}.txt"
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(content)
         book = pg19.Book(f"{split}/{number}.txt", len(content), hashlib.sha256(content).hexdigest()[:8])
         index[split.replace("validation", "valid")].append(book)
     monkeypatch.setattr(pg19, "read_index", lambda: index)
-    books = [f"task.folder={tmp_path}", "task.books=8", "train.updates=300"]
-    figures = train(checked(composed("task=pg19", "model=expire_span", "size=mini", *books, *QUIET)), tmp_path)
-    assert figures["test/bpb"] < 1.0  # one character after another, without what came before them: 4.2
+    books = [f"task.data_dir={tmp_path}", "task.num_books=8", "train.updates=300"]
+    metrics = train_mini(tmp_path, "task=pg19", "model=expire_span", *books)
+    assert metrics["test/bpb"] < 1.0  # one character after another, without what came before them: 4.2
 
 
 @pytest.mark.parametrize("model", ["expire_span", "trans_xl", "adaptive_span", "compressive"])
 def test_wikitext103_mini_learns_which_word_follows_through_the_adaptive_softmax(model, tmp_path, monkeypatch):
     monkeypatch.setenv("EXPIRE_SPAN_CACHE", str(tmp_path / "cache"))
     words: dict[str, list[str]] = {}
-    for seed, (split, sentences) in enumerate({"train": 8000, "valid": 400, "test": 400}.items()):
-        lines = chatter(sentences, seed)
+    for seed, (split, count) in enumerate({"train": 8000, "valid": 400, "test": 400}.items()):
+        lines = grammar_sentences(count, seed)
         (tmp_path / f"wiki.{split}.tokens").write_text("".join(f" {line} \n" for line in lines), encoding="utf-8")
         words[split] = [word for line in lines for word in [*line.split(), "<eos>"]]
-    monkeypatch.setattr(wikitext103, "WORDS", {split: len(part) for split, part in words.items()})
-    monkeypatch.setattr(wikitext103, "TYPES", len(set(words["train"])))
-    small = [f"task.folder={tmp_path}", "transformer.cutoffs=[20,40,60]", "train.updates=300"]
-    figures = train(checked(composed("task=wikitext103", f"model={model}", "size=mini", *small, *QUIET)), tmp_path)
-    assert figures["test/ppl"] < 3.5  # by frequency alone: 51
+    monkeypatch.setattr(wikitext103, "NUM_WORDS", {split: len(part) for split, part in words.items()})
+    monkeypatch.setattr(wikitext103, "VOCAB_SIZE", len(set(words["train"])))
+    small = [f"task.data_dir={tmp_path}", "transformer.cutoffs=[20,40,60]", "train.updates=300"]
+    metrics = train_mini(tmp_path, "task=wikitext103", f"model={model}", *small)
+    assert metrics["test/ppl"] < 3.5  # by frequency alone: 51
 
 
 def test_compiled_training_follows_the_same_losses(tmp_path):
@@ -139,23 +135,24 @@ def test_compiled_training_follows_the_same_losses(tmp_path):
         folder = tmp_path / compiled
         folder.mkdir()
         torch.compiler.reset()
-        train(tiny(f"run.compile={compiled}", "train.updates=8", "run.log_every=1", "run.precision=float64"), folder)
+        overrides = ["train.updates=8", "run.log_every=1", "run.precision=float64"]
+        train(tiny_config(f"run.compile={compiled}", *overrides), folder)
         curves.append([row["train/loss"] for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row])
     assert curves[1] == pytest.approx(curves[0], rel=1e-6)
 
 
-def test_memories_that_shrink_and_grow_are_not_compiled_again():
+def test_memories_that_shrink_and_grow_cause_no_recompilation():
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
-    memory = [ExpireSpan(32, 256, 8.0, 1e-5, positions=16, init=0.2) for _ in range(2)]
-    model = Transformer(TransformerConfig(50, 32, 2, 64), memory)
+    mechanisms = [ExpireSpan(32, 256, 8.0, 1e-5, num_positions=16, init_span_ratio=0.2) for _ in range(2)]
+    model = Transformer(TransformerConfig(50, 32, 2, 64), mechanisms)
     for mechanism in model.mechanisms:
         torch.nn.init.normal_(mechanism.weight)
     compiled, state, sizes, graphs = torch.compile(model, dynamic=True), model.initial_state(4), set(), []
     for _ in range(200):
-        scores, state, figures = compiled(torch.randint(50, (4, 16)), state)
-        (scores.logsumexp(-1).mean() + figures["span_loss"]).backward()
+        logits, state, metrics = compiled(torch.randint(50, (4, 16)), state)
+        (logits.logsumexp(-1).mean() + metrics["span_loss"]).backward()
         sizes.add(len(state["layers"][0].time))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert len(sizes) > 20
@@ -168,10 +165,11 @@ def test_deterministic_training_gives_the_same_weights_twice(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         try:
-            config = tiny("run.deterministic=true", "run.threads=2", "train.updates=8", "transformer.dropout=0.1")
+            overrides = ["run.deterministic=true", "run.num_threads=2", "transformer.dropout=0.1"]
+            config = tiny_config("train.updates=8", *overrides)
             train(config, folder)
-            weights.append(Training(config, folder))
-            weights[-1].restore()
+            weights.append(Trainer(config, folder))
+            weights[-1].load_checkpoint()
         finally:
             torch.use_deterministic_algorithms(False)
             torch.set_num_threads(1)

@@ -1,19 +1,19 @@
-"""Memories: hidden states with an age. A mechanism only decides how long each one lives.
+"""Memories are hidden states with an age; a mechanism decides how long each of them lives.
 
-With distance = t - i, every model is the same attention under the same fade (section 5.1: "the only difference among
-them is how memories are handled"):
+With distance = t - i, every model is the same attention with the same soft mask m (section 5.1: "the only difference
+among them is how memories are handled"):
 
     m = clamp(1 + (span - distance) / ramp, 0, 1)        a' = softmax(score + log m)        distance >= 1
 
-    | model          | span                              | its shape             | ramp | what is kept         |
-    | -------------- | --------------------------------- | --------------------- | ---- | -------------------- |
-    | Transformer-XL | L                                 | one number            | 1    | the last L           |
-    | Adaptive-Span  | z + 1, learned                    | per head              | R    | the last max z + R   |
-    | Expire-Span    | e_i, learned from h_i             | per sample and memory | R    | those with m > 0     |
-    | Compressive    | L; L + c (C + 1) for a pooled one | one number per kind   | 1    | the last L, C pooled |
+    | model          | span                                | its shape             | ramp | what is kept         |
+    | -------------- | ----------------------------------- | --------------------- | ---- | -------------------- |
+    | Transformer-XL | L                                   | one number            | 1    | the last L           |
+    | Adaptive-Span  | z + 1, learned                      | per head              | R    | the last max z + R   |
+    | Expire-Span    | e_i, predicted from h_i             | per sample and memory | R    | those with m > 0     |
+    | Compressive    | L; L + c (C + 1) for a pooled state | one number per kind   | 1    | the last L, C pooled |
 
-What is kept follows from the span: a memory is deleted, per sample and layer, once m = 0 for the first query of the
-next block.
+What is kept follows from the span: a memory is deleted, for each sample and layer, once m = 0 for the first query of
+the next block.
 """
 
 from .adaptive_span import AdaptiveSpan

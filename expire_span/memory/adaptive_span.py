@@ -1,7 +1,9 @@
-"""Adaptive-Span (Sukhbaatar et al. 2019): every head learns one span z in [0, L].
+"""Adaptive-Span (Sukhbaatar et al. 2019; section 5.1): every head learns one span z in [0, L].
 
-    m_z(x) = clamp((R + z + 1 - x) / R, 0, 1)        x = t - i; the + 1 is the released code's
-    loss   = alpha * mean over heads of z
+The soft mask, with x = t - i and the + 1 of the authors' released code, and the loss:
+
+    m_z(x) = clamp((R + z + 1 - x) / R, 0, 1)
+    loss   = alpha * mean of z over the heads
 """
 
 import torch
@@ -12,40 +14,42 @@ from .packed import Memory
 
 
 class AdaptiveSpan(Mechanism):
-    """One parameter a head: z as a ratio of L.
+    """One learned parameter per head: its span z as a share of L.
 
-    heads      H
-    max_span   L, timesteps; ramp: R, timesteps
-    alpha      weight of the span loss
-    init       z at the start, as a share of L
-    positions  distances that are told (None: all L)
+    Args:
+        num_heads: H, the number of attention heads.
+        max_span: L, timesteps.
+        ramp: R, timesteps.
+        alpha: Weight of the span loss.
+        init_span_ratio: Initial z as a share of L.
+        num_positions: Distances with a relative position (None: all L).
     """
 
     def __init__(
         self,
-        heads: int,
+        num_heads: int,
         max_span: int,
         ramp: float,
         alpha: float,
-        init: float = 0.0,
-        positions: int | None = None,
+        init_span_ratio: float = 0.0,
+        num_positions: int | None = None,
     ):
-        super().__init__(max_span, ramp, positions=max_span if positions is None else positions)
-        if not 0 <= init <= 1:
-            raise ValueError(f"model.init must lie between 0 and 1 (share of model.max_span), got {init}")
+        super().__init__(max_span, ramp, max_span if num_positions is None else num_positions)
+        if not 0 <= init_span_ratio <= 1:
+            raise ValueError(f"model.init_span_ratio must lie between 0 and 1, got {init_span_ratio}")
         if alpha < 0:
             raise ValueError(f"model.alpha must not be negative, got {alpha}")
-        self.alpha = alpha
-        self.ratio = nn.Parameter(torch.full((heads,), float(init)))  # (H,)
+        self.alpha, self.init_span_ratio = alpha, init_span_ratio
+        self.span_ratio = nn.Parameter(torch.full((num_heads,), float(init_span_ratio)))  # (H,)
 
     def span(self, memory: Memory) -> Tensor:
-        ratio: Tensor = self.ratio  # (H,)
+        ratio: Tensor = self.span_ratio  # (H,)
         if self.training:
             with torch.no_grad():
-                ratio.clamp_(0, 1)  # before use, not in the graph: outside of [0, 1] a clamp has no gradient
+                ratio.clamp_(0, 1)  # in place and outside of the graph: beyond [0, 1] a clamp would have no gradient
         else:
-            ratio = ratio.clamp(0, 1)  # a weight that changes would have all memories projected anew
+            ratio = ratio.clamp(0, 1)  # out of place: a change of the weights would invalidate the key/value cache
         return self.max_span * ratio[None, :] + 1  # (1, H)
 
-    def loss(self, span: Tensor, nearest: Tensor, farthest: Tensor, samples: int, block: int) -> Tensor:
+    def loss(self, span: Tensor, nearest: Tensor, farthest: Tensor, batch_size: int, block_size: int) -> Tensor:
         return self.alpha * (span - 1).mean()

@@ -1,55 +1,67 @@
-"""Compressive Transformer (Rae et al. 2020), mean pooling: the last L memories, and C pooled out of c older ones each.
+"""Compressive Transformer (Rae et al. 2020; section 5.1) with mean pooling: L states, and C means of c older ones each.
 
-    a memory          span = L                 seen at distances 1 to L
-    a pooled one      span = L + c (C + 1)     seen at distances L + 1 to L + c (C + 1); its distance is that of the
-                                               oldest state in it, plus 1
+Both kinds have a fixed span. The distance of a pooled state is that of the oldest state in it, plus 1:
+
+    hidden state    span = L                visible at distances 1, ..., L
+    pooled state    span = L + c (C + 1)    visible at distances L + 1, ..., L + c (C + 1)
 """
 
 import torch
 from torch import Tensor
 
-from ..attention import NEVER, samples_of
+from ..kernels.packed_layout import NEVER, sample_index
 from .mechanism import Mechanism
-from .packed import Memory, dense
+from .packed import Memory, from_dense
 
 
 class Compressive(Mechanism):
-    """max_span: L, timesteps; compressed: C, pooled memories; rate: c, states pooled into one. All distances are told.
+    """The last L hidden states and C pooled ones. All distances have a relative position.
 
-    Blocks may have any length, which changes no output, but not more than the L timesteps that are pooled only later.
-    Where episodes are told apart by their reach, no group is seen that holds an earlier episode's states; nor is one
-    that begins with its episode, as its distance is one more than that of its oldest state.
+    The block size, up to L - c + 1 or any multiple of c up to L, does not change the output. Where `reach` separates
+    episodes, a pooled state is invisible if it contains a state of an earlier episode, or if it begins with the first
+    state of the current one, because its distance is one more than that of its oldest state.
+
+    Args:
+        max_span: L, timesteps.
+        compressed_size: C, pooled states.
+        compression_rate: c, hidden states per pooled state.
     """
 
-    def __init__(self, max_span: int, compressed: int, rate: int = 4):
-        if compressed < 1 or rate < 1:
-            raise ValueError(f"model.compressed and model.rate must be at least 1, got {compressed} and {rate}")
-        super().__init__(max_span, ramp=1, positions=max_span + compressed + 1)
-        self.compressed, self.rate, self.longest_block = compressed, rate, max(1, max_span - rate + 1)
-        pooled = max_span + torch.arange(compressed + 1).repeat_interleave(rate)  # a slot's row tells c distances
-        self.rows = torch.cat([torch.arange(max_span), pooled])
+    def __init__(self, max_span: int, compressed_size: int, compression_rate: int = 4):
+        if compressed_size < 1 or compression_rate < 1:
+            sizes = f"{compressed_size} and {compression_rate}"
+            raise ValueError(f"model.compressed_size and model.compression_rate must be at least 1, got {sizes}")
+        super().__init__(max_span, ramp=1, num_positions=max_span + compressed_size + 1)
+        self.compressed_size, self.compression_rate = compressed_size, compression_rate
+        self.max_block_size = max(1, max_span - compression_rate + 1)
+        pooled_rows = max_span + torch.arange(compressed_size + 1).repeat_interleave(compression_rate)
+        self.rows = torch.cat([torch.arange(max_span), pooled_rows])  # the c distances of a pooled state share a row
 
     def pool(self, memory: Memory, time: Tensor) -> Memory:
-        """Of what is about to leave: the groups of c whose oldest state leaves the last L during this block."""
-        samples, block, size = memory.offsets.shape[-1] - 1, len(time), memory.hidden.shape[1]
-        if block > self.max_span or (block % self.rate and block + self.rate - 1 > self.max_span):
+        """Pool the groups of c states whose oldest state leaves the last L timesteps during this block."""
+        batch_size, block_size, rate = memory.offsets.shape[-1] - 1, len(time), self.compression_rate
+        if block_size > self.max_span or (block_size % rate and block_size + rate - 1 > self.max_span):
             raise ValueError(
-                f"model.max_span={self.max_span} is too short for blocks of {block} timesteps, since what is pooled "
-                f"must be older than the block; use model.max_span >= {block + self.rate - 1} or shorter blocks"
+                f"model.max_span={self.max_span} is too short for blocks of {block_size} timesteps, since only states "
+                f"older than the block are pooled; use model.max_span >= {block_size + rate - 1} or shorter blocks"
             )
-        groups = -(-block // self.rate)  # at most
-        oldest = (time[0] + self.rate - 1) // self.rate * self.rate - self.max_span  # the first group's oldest state
-        group = (memory.time - oldest).div(self.rate, rounding_mode="floor")  # (N,)
-        member = (memory.born == 1) & (group >= 0) & (group < groups)  # (N,)
-        place = samples_of(memory.offsets, len(group)) * groups + group.clamp(0, groups - 1)  # (N,)
-        total = memory.hidden.new_zeros(samples * groups, size).index_add(0, place, memory.hidden * member[:, None])
-        count = place.new_zeros(samples * groups).index_add(0, place, member.long())  # (B groups,)
+        num_groups = -(-block_size // rate)  # an upper bound, which does not depend on `time`
+        first_oldest = (time[0] + rate - 1) // rate * rate - self.max_span
+        oldest = first_oldest + torch.arange(num_groups, device=time.device) * rate  # (num_groups,): timesteps
+        group = (memory.time - first_oldest).div(rate, rounding_mode="floor")  # (N,)
+        is_member = (memory.min_distance == 1) & (group >= 0) & (group < num_groups)  # (N,)
+        slot = sample_index(memory.offsets, len(group)) * num_groups + group.clamp(0, num_groups - 1)  # (N,)
+        sums = memory.hidden.new_zeros(batch_size * num_groups, memory.hidden.shape[1])
+        sums = sums.index_add(0, slot, memory.hidden * is_member[:, None])  # (B num_groups, d)
+        count = slot.new_zeros(batch_size * num_groups).index_add(0, slot, is_member.long())  # (B num_groups,)
 
-        starts = oldest + torch.arange(groups, device=time.device) * self.rate  # (groups,)
-        whole = (count == self.rate) & (starts < time[0] - self.max_span + block).repeat(samples)
-        pooled = dense((total / self.rate).unflatten(0, (samples, groups)), starts - 1, born=self.max_span + 1)
-        return pooled._replace(born=pooled.born.where(whole, NEVER))  # not whole: never seen, and deleted with the rest
+        leaves_now = (oldest < time[0] - self.max_span + block_size).repeat(batch_size)  # (B num_groups,)
+        means = (sums / rate).unflatten(0, (batch_size, num_groups))  # (B, num_groups, d)
+        pooled = from_dense(means, oldest - 1, min_distance=self.max_span + 1)
+        is_complete = (count == rate) & leaves_now
+        return pooled._replace(min_distance=pooled.min_distance.where(is_complete, NEVER))  # the others stay invisible
 
     def span(self, memory: Memory) -> Tensor:
-        pooled = (memory.born > 1)[:, None]  # (N, 1)
-        return (self.max_span + pooled * self.rate * (self.compressed + 1)).to(torch.get_default_dtype())
+        is_pooled = (memory.min_distance > 1)[:, None]  # (N, 1)
+        extra = is_pooled * self.compression_rate * (self.compressed_size + 1)
+        return (self.max_span + extra).to(torch.get_default_dtype())

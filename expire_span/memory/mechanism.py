@@ -1,4 +1,4 @@
-"""What a memory mechanism must answer; all the rest of a model is shared (section 5.1)."""
+"""The interface of a memory mechanism; everything else in a model is shared (section 5.1)."""
 
 import torch
 from torch import Tensor, nn
@@ -7,64 +7,130 @@ from .packed import Memory
 
 
 class Mechanism(nn.Module):
-    """How one layer treats its memories: how long each lives, and what that costs.
+    """How long the memories of one layer live, and what that costs.
 
-    max_span       L, timesteps
-    ramp           R, timesteps over which a memory fades; 1 with whole spans is a hard edge
-    positions      rows of the position table: how far back, in timesteps, a memory's distance is told
-    rows           (P,) int64: the table's row for distance j + 1, where distances share some (None: row j)
-    random_drop    hide all memories farther than l ~ U(0, L) in training, one l a batch (section 4)
-    longest_block  timesteps: blocks of any length up to this can be processed
+    Attention masks each memory by its span and the ramp (section 4.1), and the layer deletes it once no later query can
+    see it. A mechanism of your own defines `span`, and optionally `loss` and `pool`. One learned span per layer:
+
+        class LayerSpan(Mechanism):
+            def __init__(self, max_span, ramp, alpha):
+                super().__init__(max_span, ramp, num_positions=max_span)
+                self.alpha = alpha
+                self.logit = nn.Parameter(torch.zeros(1, 1))
+
+            def span(self, memory):  # (1, 1): the same for all memories and heads
+                return self.max_span * torch.sigmoid(self.logit)
+
+            def loss(self, span, nearest, farthest, batch_size, block_size):
+                return self.alpha * span.mean()
+
+    Args:
+        max_span: L, timesteps.
+        ramp: R, timesteps over which a memory fades. A ramp of 1 with integer spans is a hard edge.
+        num_positions: Rows in the table of relative positions. Memories farther away than that have no position.
+
+    Attributes:
+        rows: (P,) int64, the table's row for distance j + 1, if distances share rows (None: row j).
+        random_drop: Whether training hides memories farther than l ~ U(0, L), one l per batch (section 4.2).
+        max_block_size: Timesteps: blocks of any length up to this can be processed.
     """
 
     random_drop = False
-    longest_block = 2**40
+    max_block_size = 2**40
 
-    def __init__(self, max_span: int, ramp: float, positions: int):
+    def __init__(self, max_span: int, ramp: float, num_positions: int):
         super().__init__()
         if max_span < 1:
-            raise ValueError(f"model.max_span must be at least 1 (timesteps), got {max_span}")
+            raise ValueError(f"model.max_span must be at least 1 timestep, got {max_span}")
         if ramp <= 0:
             raise ValueError(f"model.ramp must be positive (timesteps), got {ramp}; a hard edge is model.ramp=1")
-        if positions < 0:
-            raise ValueError(f"model.positions must not be negative (timesteps), got {positions}; 0 tells no distance")
-        self.max_span, self.ramp, self.positions = max_span, ramp, positions
+        if num_positions < 0:
+            raise ValueError(f"model.num_positions must not be negative, got {num_positions}; 0 is without positions")
+        self.max_span, self.ramp, self.num_positions = max_span, ramp, num_positions
         self.rows: Tensor | None
         self.register_buffer("rows", None, persistent=False)
 
     def pool(self, memory: Memory, time: Tensor) -> Memory | None:
-        """Further memories, made out of those that there are, for the block of timesteps `time` (T,) and later ones."""
+        """Make additional memories out of existing ones, such as means of several.
+
+        Args:
+            memory: N rows, from earlier blocks.
+            time: (T,), the timesteps of the block that is about to be processed.
+
+        Returns:
+            The additional memories, visible to this block and later ones; None if there are none.
+        """
         return None
 
     def span(self, memory: Memory) -> Tensor:
-        """(N or 1, H or 1): the span of each memory, for each head, in timesteps."""
+        """Return the span of each memory for each head, in timesteps.
+
+        A span must not depend on the current timestep, because a deleted memory cannot come back.
+
+        Args:
+            memory: N rows; in a pre-norm model their hidden states are normalized.
+
+        Returns:
+            (N or 1, H or 1)
+        """
         raise NotImplementedError
 
-    def loss(self, span: Tensor, nearest: Tensor, farthest: Tensor, samples: int, block: int) -> Tensor:
-        """What the spans cost. The block's queries see memory i at distances nearest[i] to farthest[i], both (N,)."""
+    def loss(self, span: Tensor, nearest: Tensor, farthest: Tensor, batch_size: int, block_size: int) -> Tensor:
+        """Return the span loss of one block, a scalar that includes its weight alpha.
+
+        Args:
+            span: (N, H or 1), timesteps.
+            nearest: (N,), the smallest distance at which a query of the block can see each memory.
+            farthest: (N,), the largest such distance; farthest < nearest if no query can.
+            batch_size: B, the number of samples.
+            block_size: T, the number of queries per sample.
+        """
         return span.new_zeros(())
 
 
-def reached(age: Tensor, born: Tensor, sample: Tensor, block: int, reach: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The distances, (N,) nearest and (N,) farthest, at which the block's queries could see each memory.
+def visible_distances(
+    age: Tensor, min_distance: Tensor, sample: Tensor, block_size: int, reach: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Find the range of distances at which the block's queries can see each memory, apart from its span.
 
-    age, born, sample (N,); reach (B, T) grows by at most 1 a timestep, so that what is out of reach stays so.
-    Where farthest < nearest no query can see it.
+    Args:
+        age: (N,), timesteps from each memory to the block's first query.
+        min_distance: (N,), the smallest distance at which each memory is visible.
+        sample: (N,), the sample that each memory belongs to.
+        block_size: T, timesteps.
+        reach: (B, T), the largest distance that each query sees (None: any). It must grow by at most 1 per timestep, so
+            that what is out of reach stays so.
+
+    Returns:
+        nearest and farthest, (N,) each: the smallest and the largest distance; farthest < nearest if no query sees it.
     """
-    last = torch.full_like(age, block - 1)  # (N,): the last query that can see it
+    last_query = torch.full_like(age, block_size - 1)  # (N,): the last query that sees each memory
     if reach is not None:
-        stride = 2**41  # keeps the samples apart, in one search for all of them
-        steps = torch.arange(block, device=age.device)
-        earliest = (steps - reach).clamp(min=1 - stride // 2)  # (B, T): the time, from the block's start, that is seen
-        lines = torch.arange(len(reach), device=age.device)[:, None] * stride
-        last = torch.searchsorted((earliest + lines).flatten(), sample * stride - age, right=True) - 1 - sample * block
-    return torch.maximum(age, born), age + last
+        # One search for all samples: a multiple of the stride keeps the times of different samples apart.
+        stride = 2**41
+        queries = torch.arange(block_size, device=age.device)
+        earliest = (queries - reach).clamp(min=1 - stride // 2)  # (B, T): time since the block's start that is in reach
+        shift = torch.arange(len(reach), device=age.device)[:, None] * stride
+        index = torch.searchsorted((earliest + shift).flatten(), sample * stride - age, right=True)  # (N,)
+        last_query = index - 1 - sample * block_size
+    return torch.maximum(age, min_distance), age + last_query
 
 
-def memory_size(span: Tensor, ramp: float, nearest: Tensor, farthest: Tensor, queries: int) -> Tensor:
-    """Average memory size: how many memories with m > 0 a query sees (section 5.1), mean over the heads.
+def memory_size(span: Tensor, ramp: float, nearest: Tensor, farthest: Tensor, num_queries: int) -> Tensor:
+    """Compute the average memory size: the memories with m > 0 per query (sections 3 and 4.1), averaged over the heads.
 
-    Distances d with d < span + ramp count. That is a closed form: no (queries, memories) tensor is made.
+    The mask is above 0 at distances < span + ramp. Their count is a closed form, which needs no tensor of shape
+    (queries, memories).
+
+    Args:
+        span: (N, H or 1), timesteps.
+        ramp: R, timesteps.
+        nearest: (N,), as returned by `visible_distances`.
+        farthest: (N,), likewise.
+        num_queries: B T.
+
+    Returns:
+        A scalar.
     """
-    last = torch.minimum((span + ramp).ceil() - 1, farthest[:, None].to(span.dtype))  # (N, H)
-    return (last - nearest[:, None] + 1).clamp(min=0).sum(0).mean() / queries
+    last = torch.minimum((span + ramp).ceil() - 1, farthest[:, None].to(span.dtype))  # (N, H or 1)
+    return (last - nearest[:, None] + 1).clamp(min=0).sum(0).mean() / num_queries

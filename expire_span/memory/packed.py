@@ -1,11 +1,12 @@
-"""Packed memory: every sample keeps its own survivors, back to back, without padding.
+"""Packed memory: the surviving memories of each sample, back to back, without padding.
 
     sample 0        sample 1   sample 2
     h h h h h h h   h h        h h h h        hidden (N, d)
     0               7          9       13     offsets (B + 1,)
 
-A layer looks at several, its memory and its block say, as parts of one: each as it is, one after another, so that a
-sample has rows in every part. Offsets are (parts, B + 1) then. What survives of them becomes one memory again.
+A layer attends to several of these at once, such as its memory and the current block. They are then concatenated as
+parts, one after another, so that each sample has rows in every part, and offsets are (parts, B + 1). What survives of
+them becomes one packed memory again.
 """
 
 from itertools import accumulate
@@ -14,66 +15,70 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import together
+from ..kernels.packed_layout import interleave_by_sample
 
 
 class Memory(NamedTuple):
-    """What a layer remembers: rows grouped by sample, the oldest first; or several of them, see `beside`."""
+    """A layer's memory: rows grouped by sample, oldest first; or several of them as parts, see `concatenate_parts`."""
 
     hidden: Tensor  # (N, d)
-    time: Tensor  # (N,) int64: the timestep at which each was made
-    born: Tensor  # (N,) int64: the least distance at which it is seen: 1, or more for one pooled out of others
+    time: Tensor  # (N,) int64: the timestep of each hidden state
+    min_distance: Tensor  # (N,) int64: the smallest distance at which it is visible: 1, or more for a pooled state
     offsets: Tensor  # (B + 1,) int64: sample b owns rows offsets[b] to offsets[b + 1]; or (parts, B + 1)
-    projected: tuple[Tensor, ...] | None = None  # keys and values (N, H, D), and spans (N, H or 1), if already known
+    kv: tuple[Tensor, ...] | None = None  # keys and values (N, H, D) and spans (N, H or 1), if computed
 
 
-def empty(samples: int, hidden_size: int, like: Tensor) -> Memory:
-    """No memories, with the device and dtype of `like`."""
-    none = torch.zeros(0, dtype=torch.long, device=like.device)
-    return Memory(like.new_zeros(0, hidden_size), none, none, none.new_zeros(samples + 1))
+def empty(batch_size: int, hidden_size: int, like: Tensor) -> Memory:
+    """Make a memory without rows, with the device and dtype of `like`."""
+    no_rows = torch.zeros(0, dtype=torch.long, device=like.device)
+    return Memory(like.new_zeros(0, hidden_size), no_rows, no_rows, no_rows.new_zeros(batch_size + 1))
 
 
-def dense(hidden: Tensor, time: Tensor, born: int = 1) -> Memory:
-    """The same number for every sample: hidden (B, M, d), made at time (M,)."""
-    samples, each, _ = hidden.shape
-    offsets = torch.arange(samples + 1, device=time.device) * each
-    return Memory(hidden.flatten(0, 1), time.repeat(samples), time.new_full((samples * each,), born), offsets)
+def from_dense(hidden: Tensor, time: Tensor, min_distance: int = 1) -> Memory:
+    """Make a memory with the same number of rows for every sample: hidden (B, M, d) at the timesteps time (M,)."""
+    batch_size, num_rows, _ = hidden.shape
+    offsets = torch.arange(batch_size + 1, device=time.device) * num_rows
+    min_distances = time.new_full((batch_size * num_rows,), min_distance)
+    return Memory(hidden.flatten(0, 1), time.repeat(batch_size), min_distances, offsets)
 
 
-def beside(*memories: Memory) -> Memory:
-    """All of them, one memory after another, each a part (or as many as it has): offsets (parts, B + 1)."""
-    hidden, time, born = (torch.cat(parts) for parts in zip(*(memory[:3] for memory in memories), strict=True))
-    known = [memory.projected for memory in memories if memory.projected is not None]
-    projected = None
-    if len(known) == len(memories):
-        projected = tuple(torch.cat(parts) for parts in zip(*known, strict=True))
-    firsts = accumulate((len(memory.time) for memory in memories[:-1]), initial=0)
-    offsets = [torch.atleast_2d(memory.offsets) + first for memory, first in zip(memories, firsts, strict=True)]
-    return Memory(hidden, time, born, torch.cat(offsets), projected)
+def concatenate_parts(*memories: Memory) -> Memory:
+    """Put memories one after another as parts, with offsets (parts, B + 1), and with their `kv` if all have one."""
+    hidden, time, min_distance = (torch.cat(rows) for rows in zip(*(memory[:3] for memory in memories), strict=True))
+    caches = [memory.kv for memory in memories if memory.kv is not None]
+    kv = None
+    if len(caches) == len(memories):
+        kv = tuple(torch.cat(rows) for rows in zip(*caches, strict=True))
+    first_rows = accumulate((len(memory.time) for memory in memories[:-1]), initial=0)
+    offsets = [torch.atleast_2d(memory.offsets) + first for memory, first in zip(memories, first_rows, strict=True)]
+    return Memory(hidden, time, min_distance, torch.cat(offsets), kv)
 
 
-def select(memory: Memory, kept: Tensor, total: int | None = None) -> Memory:
-    """Only the rows where kept (N,) is true, each sample's together; the others are gone for good.
+def keep_rows(memory: Memory, keep: Tensor, num_kept: int | None = None) -> Memory:
+    """Keep some rows, grouped by sample, and delete all others for good.
 
-    total: how many, where that is known.
+    Args:
+        memory: N rows, in one part or in several.
+        keep: (N,) bool.
+        num_kept: The number of rows to keep, if it is known; otherwise the device has to be waited for.
     """
-    ends, order = memory.offsets, None
-    if ends.shape[-1] == 2:  # one sample's are together as they are
-        ends = ends.flatten()[:: ends.numel() - 1]
-    elif ends.dim() > 1:
-        order, ends = together(ends, len(kept))
-        kept = kept.index_select(0, order)
-    if order is None and total == len(kept):
-        return memory._replace(offsets=ends)
-    rows = (kept.nonzero() if total is None else kept.nonzero_static(size=total)).squeeze(-1)
-    offsets = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])[ends]
+    offsets, order = memory.offsets, None
+    if offsets.shape[-1] == 2:  # a single sample, whose rows are together already
+        offsets = offsets.flatten()[:: offsets.numel() - 1]
+    elif offsets.dim() > 1:
+        order, offsets = interleave_by_sample(offsets, len(keep))
+        keep = keep.index_select(0, order)
+    if order is None and num_kept == len(keep):
+        return memory._replace(offsets=offsets)
+    rows = (keep.nonzero() if num_kept is None else keep.nonzero_static(size=num_kept)).squeeze(-1)
+    offsets = torch.cat([keep.new_zeros(1, dtype=torch.long), keep.cumsum(0)])[offsets]
     rows = rows if order is None else order.index_select(0, rows)
-    hidden, time, born = (part.index_select(0, rows) for part in memory[:3])
-    projected = None if memory.projected is None else tuple(part.index_select(0, rows) for part in memory.projected)
-    return Memory(hidden, time, born, offsets, projected)
+    hidden, time, min_distance = (tensor.index_select(0, rows) for tensor in memory[:3])
+    kv = None if memory.kv is None else tuple(tensor.index_select(0, rows) for tensor in memory.kv)
+    return Memory(hidden, time, min_distance, offsets, kv)
 
 
-def join(*memories: Memory) -> Memory:
-    """All in one: each sample's rows of the first memory, then its rows of the second, and so on."""
-    entries = beside(*memories)
-    return select(entries, torch.ones_like(entries.time, dtype=torch.bool))
+def concatenate(*memories: Memory) -> Memory:
+    """Join memories into one: each sample's rows of the first memory, then its rows of the second, and so on."""
+    parts = concatenate_parts(*memories)
+    return keep_rows(parts, torch.ones_like(parts.time, dtype=torch.bool))

@@ -1,6 +1,8 @@
-"""Transformer-XL (Dai et al. 2019): every memory lives for L timesteps.
+"""Transformer-XL (Dai et al. 2019; section 5.1): every memory lives for L timesteps.
 
-    span = L        ramp = 1, a hard edge        m_ti = 1 for t - i <= L, else 0
+The span is L, and a ramp of 1 makes the soft mask a hard edge:
+
+    m_ti = 1 if t - i <= L else 0
 """
 
 import torch
@@ -11,10 +13,15 @@ from .packed import Memory
 
 
 class TransXL(Mechanism):
-    """max_span: L, timesteps. positions: distances that are told (None: all L)."""
+    """The last L hidden states.
 
-    def __init__(self, max_span: int, positions: int | None = None):
-        super().__init__(max_span, ramp=1, positions=max_span if positions is None else positions)
+    Args:
+        max_span: L, timesteps.
+        num_positions: Distances with a relative position (None: all L).
+    """
+
+    def __init__(self, max_span: int, num_positions: int | None = None):
+        super().__init__(max_span, ramp=1, num_positions=max_span if num_positions is None else num_positions)
 
     def span(self, memory: Memory) -> Tensor:
         return torch.full((1, 1), float(self.max_span), device=memory.hidden.device)

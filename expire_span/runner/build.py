@@ -1,4 +1,4 @@
-"""From a checked config to the things that it names."""
+"""Build what a validated config names: device, model, optimizer, precision."""
 
 import ctypes
 import os
@@ -10,73 +10,75 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch.optim import Optimizer
 
-from ..kernels import operator
+from ..kernels.dispatch import select_backend
 from ..transformer import Transformer, TransformerConfig
 
 
-def prepare(config: DictConfig) -> torch.device:
-    """Seeds, threads, determinism; the device that the run uses."""
+def setup_runtime(config: DictConfig) -> torch.device:
+    """Set seed, threads and determinism, and return the device of the run."""
     run = config.run
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(run.deterministic)
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
+    if run.num_threads is not None:
+        torch.set_num_threads(run.num_threads)
     torch.manual_seed(config.seed)
-    device = pick_device(run.device)
+    device = select_device(run.device)
     if device.type == "cpu":
         keep_freed_memory()
     return device
 
 
 def keep_freed_memory() -> None:
-    """Use freed memory again instead of handing it back, where there is a glibc.
+    """Let glibc, where it is used, keep freed memory for reuse instead of returning it to the system.
 
-    Else a large tensor on a CPU costs a page fault for every 4 kB of it, each time that one is made.
+    Otherwise each new large CPU tensor costs a page fault for every 4 kB.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: nothing gets pages of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: none goes back
+        mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: freed memory is never returned
 
 
-def pick_device(name: str) -> torch.device:
-    """cuda, mps or cpu, or a device by its own name. Raises ValueError where there is none of that name."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+def select_device(name: str) -> torch.device:
+    """cuda, mps, cpu or a numbered device; auto takes the first available. Raises ValueError for an unavailable one."""
+    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind, yes in is_available.items() if yes]
     if name == "auto":
-        name = next(kind for kind, available in there.items() if available)
-    if not there.get(name.split(":")[0], False):
-        available = ", ".join(kind for kind, yes in there.items() if yes)
-        raise ValueError(f"run.device={name} is not on this machine; there is: {available}, or auto to take the first")
+        name = available[0]
+    if name.split(":")[0] not in available:
+        raise ValueError(f"run.device={name} is not available here; use one of {', '.join(available)}, or auto")
     return torch.device(name)
 
 
 def build_model(config: DictConfig, task: Any, device: torch.device) -> Transformer:
-    """The config's Transformer for a task, in float64 or, as autocast wants its weights too, float32."""
-    sizes = {key: value for key, value in config.transformer.items() if key != "layers"}
-    shape = TransformerConfig(vocabulary=task.vocabulary, classes=task.classes, **sizes)
+    """The config's Transformer for a task, with float32 weights (also under bfloat16 autocast) or float64 ones."""
+    sizes = {key: value for key, value in config.transformer.items() if key != "num_layers"}
+    transformer_config = TransformerConfig(vocab_size=task.vocab_size, num_classes=task.num_classes, **sizes)
     dtype = torch.float64 if config.run.precision == "float64" else torch.float32
-    operator.form(shape.kernel, device.type, dtype)  # refused, or compiled, before a clock runs
-    memory = [instantiate(config.model) for _ in range(config.transformer.layers)]
-    return Transformer(shape, memory).to(device, dtype)
+    # Refuse or compile the attention backend now, before any step is timed.
+    select_backend(transformer_config.attention_backend, device.type, dtype)
+    mechanisms = [instantiate(config.model) for _ in range(config.transformer.num_layers)]
+    return Transformer(transformer_config, mechanisms).to(device, dtype)
 
 
-def build_optimiser(config: DictConfig, model: Transformer) -> Optimizer:
-    """The config's optimiser; the spans' own parameters are a group with their own rate."""
-    spans = [parameter for mechanism in model.mechanisms for parameter in mechanism.parameters()]
-    others = [parameter for parameter in model.parameters() if all(parameter is not span for span in spans)]
-    rate = config.optimiser.lr
-    groups = [{"params": others, "lr": rate}]
-    if spans:
-        groups.append({"params": spans, "lr": rate * config.schedule.span_factor})
-    optimiser = instantiate(config.optimiser, groups)
-    for group in optimiser.param_groups:
-        group["full_lr"] = group["lr"]
-    return optimiser
+def build_optimizer(config: DictConfig, model: Transformer) -> Optimizer:
+    """The config's optimizer; the span parameters are a group with their own learning rate."""
+    span_parameters = [parameter for mechanism in model.mechanisms for parameter in mechanism.parameters()]
+    span_ids = {id(parameter) for parameter in span_parameters}
+    other_parameters = [parameter for parameter in model.parameters() if id(parameter) not in span_ids]
+    lr = config.optimizer.lr
+    groups = [{"params": other_parameters, "lr": lr}]
+    if span_parameters:
+        groups.append({"params": span_parameters, "lr": lr * config.lr_schedule.span_lr_factor})
+    optimizer = instantiate(config.optimizer, groups)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
 
 
-def precision(config: DictConfig, device: torch.device) -> AbstractContextManager:
-    """What the forward pass runs under."""
+def autocast(config: DictConfig, device: torch.device) -> AbstractContextManager:
+    """The context of every forward pass."""
     if config.run.precision == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()

@@ -3,71 +3,73 @@ from itertools import islice
 
 import pytest
 import torch
+from assertions import assert_equal
 from omegaconf import OmegaConf
-from tiny import tiny
-from tolerance import assert_equal
+from tiny_config import tiny_config
 
 from expire_span import AdaptiveSpan, Compressive, ExpireSpan, Transformer, TransformerConfig, TransXL
-from expire_span.runner import generate
-from expire_span.runner.loop import train
+from expire_span.runner.commands.generate import generate, main
+from expire_span.runner.train import train
 
 TEXT = "".join(f"{number} bottles of beer on the wall, {number} bottles of beer.\n" for number in range(300))
 
 
-def model_of(memory, vocabulary=11):
+def build_model(mechanisms, vocab_size=11):
     torch.manual_seed(0)
-    return Transformer(TransformerConfig(vocabulary, 12, 3, 20), memory).double().eval()
+    return Transformer(TransformerConfig(vocab_size, 12, 3, 20), mechanisms).double().eval()
 
 
-def forgetful(vocabulary=11, positions=8):
-    """A float64 model whose memories live for 0 to 24 timesteps."""
-    model = model_of([ExpireSpan(12, 24, 4.0, 0.1, positions, init=0.4) for _ in range(2)], vocabulary)
+def expire_span_model():
+    """A float64 model whose memories have spans of 0 to 24 timesteps."""
+    model = build_model([ExpireSpan(12, 24, 4.0, 0.1, num_positions=8, init_span_ratio=0.4) for _ in range(2)])
     for mechanism in model.mechanisms:
         torch.nn.init.normal_(mechanism.weight, std=2.0)
     return model
 
 
-def tokens_of(model, prompt, number, **how):
-    return list(islice(generate.generate(model, prompt, **how), number))
+def generate_tokens(model, prompt, count, **options):
+    return list(islice(generate(model, prompt, **options), count))
 
 
-def test_what_is_written_token_by_token_has_the_probabilities_of_the_whole_text_at_once():
-    model = forgetful()
+def test_tokens_generated_one_by_one_have_the_probabilities_of_the_whole_text_at_once():
+    model = expire_span_model()
     prompt = torch.randint(11, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    written = tokens_of(model, prompt, 120)
-    text = [*prompt, *(token for token, _, _ in written)]
+    generated = generate_tokens(model, prompt, 120)
+    text = [*prompt, *(token for token, _, _ in generated)]
     with torch.no_grad():
-        scores, state, _ = model(torch.tensor([text]), model.initial_state(1))
-    log_p = model.output.log_p(scores)[0]
-    for number, (_, ours, _) in enumerate(written):
-        assert_equal(f"log p of token {number}", ours, log_p[len(prompt) - 1 + number])
-    assert 0 < len(state["layers"][0].time) < 60  # most were forgotten on the way
+        logits, state, _ = model(torch.tensor([text]), model.initial_state(1))
+    log_probs = model.output_head.log_probs(logits)[0]
+    for index, (_, token_log_probs, _) in enumerate(generated):
+        assert_equal(f"log probs of token {index}", token_log_probs, log_probs[len(prompt) - 1 + index])
+    assert 0 < len(state["layers"][0].time) < 60  # most memories have expired on the way
 
 
 @pytest.mark.parametrize("memory", [ExpireSpan(12, 24, 4.0, 0.1, 8), AdaptiveSpan(3, 24, 4.0, 0.1, 0.5), TransXL(24)])
-def test_every_memory_is_projected_once_however_long_the_text(memory):
-    model = model_of([memory, deepcopy(memory)])
-    rows = []
+def test_keys_of_a_memory_are_computed_once_however_long_the_text(memory):
+    model = build_model([memory, deepcopy(memory)])
+    projected_rows = []
     for layer in model.layers:
-        layer.attention.key.register_forward_hook(lambda module, given, out: rows.append(given[0].shape[0]))
-    tokens_of(model, [1, 2, 3], 51)  # the last one is not read any more
-    assert sum(rows) == 2 * (3 + 50)  # layers, prompt and text
+        layer.attention.key_proj.register_forward_hook(
+            lambda module, inputs, output: projected_rows.append(inputs[0].shape[0])
+        )
+    generate_tokens(model, [1, 2, 3], 51)  # the last token is not fed back
+    assert sum(projected_rows) == 2 * (3 + 50)  # layers, prompt and text
 
 
-def test_weights_that_change_are_noticed_and_memories_projected_anew():
-    model = forgetful()
+def test_cached_keys_are_recomputed_when_weights_change():
+    model = expire_span_model()
     text = torch.randint(11, (1, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         _, state, _ = model(text, model.initial_state(1))
-        model.layers[0].attention.key.weight.mul_(1.5)
-        fresh = {**state, "layers": [memory._replace(projected=None) for memory in state["layers"]]}
-        ours, theirs = (model(text[:, :4], each)[0] for each in (state, fresh))
-    assert torch.equal(ours, theirs)
+        model.layers[0].attention.key_proj.weight.mul_(1.5)
+        without_cache = {**state, "layers": [memory._replace(kv=None) for memory in state["layers"]]}
+        cached, expected = (model(text[:, :4], start)[0] for start in (state, without_cache))
+    assert torch.equal(cached, expected)
 
 
 @pytest.mark.parametrize("change", ["data", "another model", "assign"])
-def test_weights_that_are_others_are_noticed_too(change):
-    model, other = forgetful(), forgetful()
+def test_cached_keys_are_recomputed_when_weights_are_replaced(change):
+    model, other = expire_span_model(), expire_span_model()
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.5)
@@ -75,80 +77,82 @@ def test_weights_that_are_others_are_noticed_too(change):
     with torch.no_grad():
         _, state, _ = model(text, model.initial_state(1))
         if change == "data":
-            for parameter, theirs in zip(model.parameters(), other.parameters(), strict=True):
-                parameter.data = theirs.data.clone()
+            for parameter, new_parameter in zip(model.parameters(), other.parameters(), strict=True):
+                parameter.data = new_parameter.data.clone()
         elif change == "assign":
             model.load_state_dict(other.state_dict(), assign=True)
         else:
             model = other
-        fresh = {**state, "layers": [memory._replace(projected=None) for memory in state["layers"]]}
-        ours, theirs = (model(text[:, :4], each)[0] for each in (state, fresh))
-    assert torch.equal(ours, theirs)
+        without_cache = {**state, "layers": [memory._replace(kv=None) for memory in state["layers"]]}
+        cached, expected = (model(text[:, :4], start)[0] for start in (state, without_cache))
+    assert torch.equal(cached, expected)
 
 
-@pytest.mark.parametrize("rate", [1, 2, 4])
-def test_a_prompt_of_any_length_is_read_by_every_model(rate):
-    model = model_of([Compressive(12, 4, rate) for _ in range(2)])
+@pytest.mark.parametrize("compression_rate", [1, 2, 4])
+def test_a_prompt_of_any_length_is_read_by_compressive(compression_rate):
+    model = build_model([Compressive(12, 4, compression_rate) for _ in range(2)])
     for length in range(1, 40):
-        assert len(tokens_of(model, [1] * length, 3)) == 3
+        assert len(generate_tokens(model, [1] * length, 3)) == 3
 
 
 def test_memory_stays_flat_while_the_text_grows():
-    model = forgetful()
-    sizes = [float(figures["memory/bytes"]) for _, _, figures in tokens_of(model, [1], 1500)]
+    model = expire_span_model()
+    sizes = [float(metrics["memory/bytes"]) for _, _, metrics in generate_tokens(model, [1], 1500)]
     assert max(sizes[1000:]) <= max(sizes[100:1000]) * 1.2
 
 
-def test_the_likeliest_and_the_top_k_are_what_is_drawn():
-    model = forgetful()
-    for token, log_p, _ in tokens_of(model, [1], 20, temperature=0):
-        assert token == log_p.argmax()
-    for token, log_p, _ in tokens_of(model, [1], 60, top_k=2, temperature=3.0):
-        assert token in log_p.topk(2).indices
-    first, again, other = ([token for token, _, _ in tokens_of(model, [1], 40, seed=seed)] for seed in (1, 1, 2))
-    assert first == again != other
+def test_temperature_0_takes_the_most_likely_token_and_top_k_one_of_the_k_most_likely():
+    model = expire_span_model()
+    for token, log_probs, _ in generate_tokens(model, [1], 20, temperature=0):
+        assert token == log_probs.argmax()
+    for token, log_probs, _ in generate_tokens(model, [1], 60, top_k=2, temperature=3.0):
+        assert token in log_probs.topk(2).indices
+    first, same, other = ([token for token, _, _ in generate_tokens(model, [1], 40, seed=seed)] for seed in (1, 1, 2))
+    assert first == same != other
 
 
-@pytest.fixture(scope="module", params=["bytes", "characters"])
+@pytest.fixture(scope="module", params=["byte", "char"])
 def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "text.txt").write_text(TEXT)
-    config = tiny(f"task.unit={request.param}", "model=expire_span", task="text", text=folder / "text.txt")
+    config = tiny_config(f"task.tokenizer={request.param}", "model=expire_span", task="text", text=folder / "text.txt")
     train(config, folder)
     (folder / ".hydra").mkdir()
     OmegaConf.save(config, folder / ".hydra/config.yaml")
     return folder
 
 
-def test_the_command_continues_a_prompt_and_tells_its_speed_and_memory(run, monkeypatch, capfdbinary):
-    monkeypatch.setattr("sys.argv", ["expire-span-generate", str(run), "--prompt", "9 bottles", "--tokens", "30"])
-    generate.main()
-    said = capfdbinary.readouterr()
-    assert said.out.startswith(b"9 bottles")
-    assert len(said.out.decode(errors="replace")) >= 9 + 20
-    assert b"[30 tokens, " in said.err
-    assert b" memories, " in said.err
+def test_the_command_continues_a_prompt_and_reports_speed_and_memory(run, monkeypatch, capfdbinary):
+    monkeypatch.setattr(
+        "sys.argv", ["expire-span-generate", str(run), "--prompt", "9 bottles", "--max-new-tokens", "30"]
+    )
+    main()
+    output = capfdbinary.readouterr()
+    assert output.out.startswith(b"9 bottles")
+    assert len(output.out.decode(errors="replace")) >= 9 + 20
+    assert b"[30 tokens, " in output.err
+    assert b" memories, " in output.err
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--prompt", ""], "--prompt is empty"),
         (["--temperature", "-1"], "must not be negative"),
         (["--top-k", "0"], "at least 1"),
     ],
 )
-def test_bad_options_are_refused_in_one_line(run, monkeypatch, options, words):
+def test_bad_options_are_refused_in_one_line(run, monkeypatch, options, message):
     monkeypatch.setattr("sys.argv", ["expire-span-generate", str(run), *options])
-    with pytest.raises(SystemExit, match=words):
-        generate.main()
+    with pytest.raises(SystemExit, match=message):
+        main()
 
 
 def test_a_run_without_text_is_refused(tmp_path, monkeypatch):
-    config = tiny(task="copy")
+    config = tiny_config(task="copy")
     train(config, tmp_path)
     (tmp_path / ".hydra").mkdir()
     OmegaConf.save(config, tmp_path / ".hydra/config.yaml")
     monkeypatch.setattr("sys.argv", ["expire-span-generate", str(tmp_path)])
-    with pytest.raises(SystemExit, match="task Copy is not one of text"):
-        generate.main()
+    with pytest.raises(SystemExit, match="task Copy does not predict text"):
+        main()

@@ -1,6 +1,6 @@
-"""Compiles the Triton kernels as a GPU of a compute capability would have them, without one, for calls of many kinds.
+"""Compile the Triton kernels for a GPU of some compute capability, without one, for calls of many kinds.
 
-    python compile_triton.py 90
+Usage: python compile_triton.py 90
 """
 
 import sys
@@ -10,11 +10,12 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from expire_span.kernels import packed_triton
+from expire_span.kernels import triton_backend
+from expire_span.kernels.inputs import AttentionInputs
 
 
-class Compiled:
-    """In a kernel's place: compiles what would be launched."""
+class CompileOnly:
+    """Stands in for a kernel: compiles it where it would be launched."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -23,28 +24,29 @@ class Compiled:
         return lambda **arguments: self.kernel.warmup(grid=grid, **arguments)
 
 
-def call(dtype, size, positions, dropout, options, block=64, heads=2):
+def compile_call(dtype, head_dim, positions, dropout, optional_inputs, block=64, heads=2):
     offsets = torch.tensor([[0, 60, 100], [100, 100 + block, 100 + 2 * block]])
     total = int(offsets[-1, -1])
-    given = {
-        "query": torch.zeros(2, block, heads, size, dtype=dtype).transpose(1, 2),
-        "key": torch.zeros(total, heads, size, dtype=dtype),
-        "value": torch.zeros(total, heads, size, dtype=dtype),
-        "offsets": offsets,
-        "age": torch.zeros(total, dtype=torch.long),
-        "span": torch.zeros(total, 1),
-        "ramp": 16.0,
-        "position": torch.zeros(positions, size) if positions else None,
-        "rows": None,
-        "reach": torch.zeros(2, block, dtype=torch.long) if options else None,
-        "bias": torch.zeros(total, heads) if options else None,
-        "born": torch.ones(total, dtype=torch.long),
-        "dropout": dropout,
-        "seed": 5,
-    }
-    out, lse = packed_triton.forward(**given)
+    inputs = AttentionInputs(
+        query=torch.zeros(2, block, heads, head_dim, dtype=dtype).transpose(1, 2),
+        key=torch.zeros(total, heads, head_dim, dtype=dtype),
+        value=torch.zeros(total, heads, head_dim, dtype=dtype),
+        offsets=offsets,
+        age=torch.zeros(total, dtype=torch.long),
+        span=torch.zeros(total, 1),
+        ramp=16.0,
+        position=torch.zeros(positions, head_dim) if positions else None,
+        rows=None,
+        reach=torch.zeros(2, block, dtype=torch.long) if optional_inputs else None,
+        bias=torch.zeros(total, heads) if optional_inputs else None,
+        min_distance=torch.ones(total, dtype=torch.long),
+        dropout=dropout,
+        seed=5,
+    )
+    out, lse = triton_backend.forward(inputs)
     if block > 1:
-        packed_triton.backward(out, out, lse, **given, needs=(True, True, True, True, positions > 0, options))
+        needs_grad = (True, True, True, True, positions > 0, optional_inputs)
+        triton_backend.backward(out, out, lse, inputs, needs_grad)
 
 
 def main(capability):
@@ -53,12 +55,12 @@ def main(capability):
         get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target,
         set_current_device=lambda device: None, get_active_torch_device=lambda: torch.device("cpu"),
     ))  # fmt: skip
-    for name in ("forward", "backward_queries", "backward_keys"):
-        setattr(packed_triton.kernels, name, Compiled(getattr(packed_triton.kernels, name)))
+    for name in ("forward_kernel", "backward_dq_kernel", "backward_dkv_kernel"):
+        setattr(triton_backend.kernels, name, CompileOnly(getattr(triton_backend.kernels, name)))
     for dtype in (torch.float32, torch.bfloat16):
-        call(dtype, 64, 32, 0.3, options=False)
-        call(dtype, 128, 0, 0.0, options=True)
-    call(torch.bfloat16, 64, 32, 0.0, options=False, block=1)
+        compile_call(dtype, 64, 32, 0.3, optional_inputs=False)
+        compile_call(dtype, 128, 0, 0.0, optional_inputs=True)
+    compile_call(torch.bfloat16, 64, 32, 0.0, optional_inputs=False, block=1)
     print("compiled")
 
 

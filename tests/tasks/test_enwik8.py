@@ -18,10 +18,10 @@ def content(monkeypatch):
     return content
 
 
-def test_the_parts_are_ninety_and_five_and_five_hundredths(tmp_path, content):
+def test_the_splits_are_ninety_and_five_and_five_percent(tmp_path, content):
     (tmp_path / "enwik8").write_bytes(content)
-    parts = Enwik8(tmp_path).parts
-    assert [parts[split].tobytes() for split in ("train", "valid", "test")] == [
+    splits = Enwik8(tmp_path).splits
+    assert [splits[split].tobytes() for split in ("train", "valid", "test")] == [
         content[:9000],
         content[9000:9500],
         content[9500:],
@@ -35,7 +35,7 @@ def test_the_file_is_unpacked_from_its_archive_once(tmp_path, content, monkeypat
     monkeypatch.setattr(enwik8, "ZIP_SIZE", archive.stat().st_size)
     monkeypatch.setattr(enwik8, "ZIP_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     monkeypatch.setenv("EXPIRE_SPAN_CACHE", os.fspath(tmp_path))
-    assert Enwik8().parts["train"].tobytes() == content[:9000]
+    assert Enwik8().splits["train"].tobytes() == content[:9000]
     archive.unlink()
     batch = next(Enwik8().stream("train", 2, 100))
     assert batch.tokens[0].tolist() == list(content[:100])

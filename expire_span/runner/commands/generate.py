@@ -1,0 +1,110 @@
+"""Generate text with a trained model, as long as one likes: `expire-span-generate RUN`."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from expire_span.tasks.base import Task
+from expire_span.tasks.token_stream import text_codec
+
+from ...transformer import Transformer
+from ..config.schema import validate
+from ..errors import exit_with_message
+from ..load_run import load_config, load_run
+
+PROMPT_BLOCK_SIZE = 256  # timesteps of the prompt that are processed at once
+REPORT_EVERY = 1000  # tokens between two reports of speed and memory
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer, prompt: Sequence[int], temperature: float = 1.0, top_k: int | None = None, seed: int = 0
+) -> Iterator[tuple[int, Tensor, dict[str, Tensor | float]]]:
+    """Sample token after token, without end.
+
+    Every memory's keys, values and span are computed once, so that a token costs what the surviving memories cost.
+
+    Args:
+        prompt: token ids, at least one.
+        temperature: divides the log-probabilities; 0 takes the most likely token.
+        top_k: sample from the k most likely tokens only.
+
+    Yields:
+        each token, the log-probabilities (vocab_size,) that it was sampled from, and the memory metrics.
+    """
+    model.eval()
+    device = model.position.device
+    generator = torch.Generator(device).manual_seed(seed)
+    state = model.initial_state(1)
+    block_size = min(PROMPT_BLOCK_SIZE, *(mechanism.max_block_size for mechanism in model.mechanisms))
+    for block in torch.tensor([list(prompt)], device=device).split(block_size, 1):
+        logits, state, metrics = model(block, state)  # (1, T, num_classes)
+    while True:
+        log_probs = model.output_head.log_probs(logits[:, -1])[0]  # (vocab_size,)
+        if temperature == 0:
+            token = log_probs.argmax()
+        else:
+            scaled = log_probs / temperature
+            if top_k is not None:
+                lowest = scaled.topk(min(top_k, len(scaled))).values[-1]
+                scaled = scaled.masked_fill(scaled < lowest, -torch.inf)
+            token = torch.multinomial(scaled.softmax(-1), 1, generator=generator)[0]
+        yield int(token), log_probs, metrics
+        logits, state, metrics = model(token.view(1, 1), state)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="expire-span-generate",
+        description="Let the model of a run continue a prompt. The text goes to standard output; speed and memory size "
+        f"to standard error, every {REPORT_EVERY:,} tokens and at the end.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder of a text task")
+    parser.add_argument("--prompt", default="\n", help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=500, help="how many to generate (default 500)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="above 1: more random; 0: the most likely")
+    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens only")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    try:
+        if options.temperature < 0 or (options.top_k is not None and options.top_k < 1) or options.max_new_tokens < 1:
+            raise ValueError("--temperature must not be negative, --top-k and --tokens must be at least 1")
+        run = load_run(options.run, validate(load_config(options.run)))
+        print_generated_text(run.model, run.task, options)
+    except (KeyboardInterrupt, BrokenPipeError):
+        pass
+    except Exception as error:
+        exit_with_message(error)
+
+
+def print_generated_text(model: Transformer, task: Task, options: argparse.Namespace) -> None:
+    encode, decode = text_codec(task)
+    prompt = encode(options.prompt)
+    if not prompt:
+        raise ValueError("--prompt is empty; give at least one character or word")
+    sys.stdout.buffer.write(options.prompt.encode())
+    start_time = last_report = time.perf_counter()
+    tokens = generate(model, prompt, options.temperature, options.top_k, options.seed)
+    for count, (token, _, metrics) in enumerate(tokens, start=1):
+        sys.stdout.buffer.write(decode(token))
+        sys.stdout.buffer.flush()
+        if count % REPORT_EVERY == 0 or count == options.max_new_tokens:
+            now = time.perf_counter()
+            speed = ((count - 1) % REPORT_EVERY + 1) / (now - last_report)
+            size, kilobytes = float(metrics["memory/size"]), float(metrics["memory/bytes"]) / 1000
+            report = f"{count:,} tokens, {speed:.0f}/s, {size:.1f} memories, {kilobytes:.1f} kB"
+            print(f"\n[{report}]", file=sys.stderr)
+            last_report = now
+        if count == options.max_new_tokens:
+            break
+    if options.max_new_tokens > REPORT_EVERY:
+        print(f"[{options.max_new_tokens / (time.perf_counter() - start_time):.0f} tokens/s in all]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Evaluate the checkpoint of a finished or stopped run."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from .load_run import load_run
+from .logging.metrics import Metrics
+from .logging.performance import peak_memory, reset_peak_memory
+from .objectives import objective_class
+from .run_folder.files import append_metrics, write_summary
+from .run_folder.provenance import provenance
+from .run_folder.summary import run_summary
+
+
+def evaluate_run(
+    config: DictConfig,
+    run_folder: Path,
+    folder: Path,
+    command: Sequence[str] = sys.argv,
+    summary_extras: Mapping[str, Any] | None = None,
+) -> Metrics:
+    """Evaluate a run's checkpoint with its own config, possibly changed, and write a summary to another folder.
+
+    Args:
+        config: As `config.schema.validate` returns it.
+        run_folder: the run to evaluate.
+        folder: where metrics.jsonl and summary.json go.
+        command, summary_extras: for the summary, as in `train`.
+    """
+    run = load_run(run_folder, config)
+    reset_peak_memory(run.device)
+    metrics: Metrics = {}
+    for split in config.eval.splits:
+        metrics |= objective_class(run.task).evaluate(run.model, run.task, split, config, run.device)
+    metrics |= peak_memory(run.device)
+    append_metrics(folder / "metrics.jsonl", {"update": run.update, **metrics})
+    origin = {**provenance(command), **(summary_extras or {})}
+    summary = run_summary(config, run.task, run.model, run.device, run.update, run.blocks, metrics)
+    write_summary(folder, summary | origin)
+    return metrics

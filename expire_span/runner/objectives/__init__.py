@@ -1,0 +1,23 @@
+"""What a training step minimizes. An objective is a class with these members, chosen by the kind of task:
+
+__init__(task, config, device, averager)    reads the training data; refuses what cannot work, by ValueError
+loss(model, state, span_loss_scale, progress) -> loss, state
+                                            processes one block (or learns once more from a rollout) and adds its
+                                            metrics to the averager; progress goes from 0 to 1 over the training
+summarize(means) -> metrics                 the metrics of a logging interval; also advances the task's curriculum
+evaluate(model, task, split, config, device) -> metrics             a static method
+blocks                                      number of blocks processed so far
+state_dict(), load_state_dict(state)
+"""
+
+from typing import Any
+
+from expire_span.tasks.base import RLTask, Task
+
+from .actor_critic import ActorCritic
+from .prediction import Prediction
+
+
+def objective_class(task: Task | RLTask) -> Any:
+    """Actor-critic for tasks in which the model acts, prediction for all others; each takes its own kind of task."""
+    return ActorCritic if isinstance(task, RLTask) else Prediction

@@ -1,0 +1,163 @@
+"""The files of a run folder beside its checkpoints (checkpoint.py).
+
+.hydra/         the config, and how it was composed
+metrics.jsonl   one JSON object a line, numbers only; "update" says when
+summary.json    the final metrics, and the protocol and provenance that gave them
+vocab.json      the characters or words that the tokens stand for, in order
+diff.patch      what the checkout had beyond its commit, if anything
+.lock           locked by the process that writes here, with its process id
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Lock a run folder against other processes. Raises ValueError if it is in use.
+
+    The system releases the lock when the process ends, however it ends. Where the file system has no locks, as on some
+    clusters, the folder is used without one.
+    """
+    path = Path(folder) / ".lock"
+    file_lock = FileLock(path, timeout=0)
+    try:
+        file_lock.acquire()
+    except Timeout:
+        process = path.read_text(errors="replace").strip() or "unknown"
+        raise ValueError(
+            f"run folder {folder} is in use by process {process}; wait for it, or choose another hydra.run.dir"
+        ) from None
+    except (NotImplementedError, OSError):
+        yield
+        return
+    try:
+        with suppress(OSError):
+            path.write_text(str(os.getpid()))
+        yield
+    finally:
+        file_lock.release()
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write texts, given by their paths in the folder."""
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / name, text.encode())
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json. NaN and infinity become null, which every JSON reader understands."""
+    text = json.dumps(_nonfinite_to_none(summary), indent=2, allow_nan=False) + "\n"
+    write_atomically(Path(folder) / "summary.json", text.encode())
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The content of summary.json, null for NaN."""
+    return json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
+
+
+def write_vocab(folder: Path, task: Any) -> None:
+    """Write the characters or words that a task's tokens stand for, if it has any."""
+    if task.vocab is not None:
+        write_atomically(Path(folder) / "vocab.json", json.dumps(list(task.vocab), ensure_ascii=False).encode())
+
+
+def check_same_vocab(folder: Path, task: Any) -> None:
+    """Raises ValueError if the tokens of the folder's run stand for other characters or words than the task's."""
+    path, vocab = Path(folder) / "vocab.json", list(task.vocab or [])
+    saved_vocab = json.loads(path.read_bytes()) if path.exists() else vocab
+    if saved_vocab != vocab:
+        raise ValueError(
+            f"{path} has {len(saved_vocab):,} characters or words, which are not the {len(vocab):,} of the task's "
+            "text: use the text that the run was trained on, or another hydra.run.dir"
+        )
+
+
+def append_metrics(path: Path, row: Mapping[str, float]) -> None:
+    """Append one line of numbers to metrics.jsonl."""
+    line = json.dumps({name: _check_number(name, value) for name, value in row.items()}, allow_nan=False) + "\n"
+    with explain_write_error(path), open(path, "a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, null as NaN. A last line that a killed run left half-written is skipped."""
+    return [
+        {name: math.nan if value is None else value for name, value in row.items()} for _, row in _complete_rows(path)
+    ]
+
+
+def truncate_metrics(path: Path, update: int, last_update: int) -> None:
+    """Remove rows logged after `update`, so that a run that resumes from there logs them once.
+
+    A run that resumes from its last update evaluates again, so its final row is removed as well.
+    """
+    if Path(path).exists():
+        rows = [(line, row) for line, row in _complete_rows(path) if row.get("update", update) <= update]
+        kept = [line + b"\n" for line, row in rows if row.get("update") != last_update or not _is_final_row(row)]
+        write_atomically(Path(path), b"".join(kept))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, a crash or a full disk leaves the old content or the new one, never a mixture."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with explain_write_error(path), open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_write_error(path: Path) -> Iterator[None]:
+    """Make a failed write say which file it was, and what is not lost."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error.strerror}); the last checkpoint is kept: free some space, then "
+            f"resume with expire-span resume={Path(path).parent}"
+        ) from None
+
+
+def _is_final_row(row: Mapping[str, Any]) -> bool:
+    """Whether a row is that of the end of a run, which has times but, unlike that of a logging interval, no loss."""
+    return "train/loss" not in row and any(name.startswith("perf/") for name in row)
+
+
+def _complete_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    lines = Path(path).read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                return
+            raise ValueError(f"{path}: line {number} is not JSON: {line[:60]!r}; remove it by hand") from None
+        yield line, row
+
+
+def _check_number(name: str, value: Any) -> int | float | None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"metric {name!r} must be a number, got {value!r} ({type(value).__name__})")
+    return int(value) if isinstance(value, Integral) else _nonfinite_to_none(float(value))
+
+
+def _nonfinite_to_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _nonfinite_to_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nonfinite_to_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

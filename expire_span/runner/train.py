@@ -1,0 +1,185 @@
+"""Training: one loop for every task. Take a step, log, evaluate, save; at the end evaluate and write a summary."""
+
+import logging
+import math
+import signal
+import statistics
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from .logging.metrics import Metrics
+from .logging.performance import peak_memory, reset_peak_memory
+from .logging.wandb_logger import wandb_logger
+from .lr_schedule import alpha_multiplier, lr_multiplier, set_lr
+from .run_folder.files import append_metrics, read_metrics, truncate_metrics, write_summary, write_texts, write_vocab
+from .run_folder.provenance import provenance, write_diff
+from .run_folder.summary import run_summary
+from .trainer import Trainer
+
+log = logging.getLogger(__name__)
+EMPTY: Mapping[str, Any] = {}
+
+
+def train(
+    config: DictConfig,
+    folder: Path,
+    command: Sequence[str] = sys.argv,
+    summary_extras: Mapping[str, Any] = EMPTY,
+    config_files: Mapping[str, str] = EMPTY,
+) -> Metrics:
+    """Train to the end, from the folder's checkpoint if it has one; evaluate; write a summary.
+
+    Args:
+        config: As `config.schema.validate` returns it.
+        folder: the run folder.
+        command: the command line, for the summary.
+        summary_extras: further entries of the summary, such as where the config's values come from.
+        config_files: Texts by their paths in the folder, written after all checks have passed.
+
+    Returns:
+        the final metrics.
+    """
+    trainer = Trainer(config, folder)
+    resumed = trainer.load_checkpoint()
+    write_texts(folder, config_files)
+    origin = {**provenance(command), **summary_extras}
+    write_diff(folder)
+    write_vocab(folder, trainer.task)
+    truncate_metrics(folder / "metrics.jsonl", trainer.update, config.train.updates)
+    reset_peak_memory(trainer.device)
+    num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    log.info(
+        f"{'resuming' if resumed else 'training'} in {folder}: {num_parameters:,} parameters, on {trainer.device}, "
+        f"updates {trainer.update} to {config.train.updates}"
+    )
+    with metric_logger(trainer) as log_metrics:
+        with stop_signal() as stop_requested:
+            while trainer.update < config.train.updates:
+                train_step(trainer)
+                is_last = trainer.update == config.train.updates
+                if is_last or trainer.update % config.run.log_every == 0:
+                    log_metrics(interval_metrics(trainer))
+                if trainer.update % (config.eval.interval or math.inf) == 0:
+                    log_metrics(evaluate(trainer, "valid"))
+                stop = stop_requested.is_set()  # read once: a signal that comes later stops after the next update
+                if is_last or stop or trainer.update % config.run.checkpoint_every == 0:
+                    trainer.save_checkpoint()
+                if stop:
+                    raise SystemExit(f"stopped at update {trainer.update}; to resume: expire-span resume={folder}")
+        metrics = training_costs(folder)
+        for split in config.eval.splits:
+            metrics |= evaluate(trainer, split)
+        log_metrics(metrics)
+    task, model, objective = trainer.task, trainer.model, trainer.objective
+    summary = run_summary(config, task, model, trainer.device, trainer.update, objective.blocks, metrics)
+    write_summary(folder, summary | origin)
+    return metrics
+
+
+def train_step(trainer: Trainer) -> None:
+    """One update of the weights, from `train.grad_accumulation` blocks."""
+    config, model, optimizer = trainer.config, trainer.model, trainer.optimizer
+    trainer.timer.start()
+    model.train()
+    set_lr(optimizer, lr_multiplier(trainer.update, config.train.updates, config.lr_schedule))
+    span_loss_scale = alpha_multiplier(trainer.update, config.alpha_schedule)
+    progress = trainer.update / config.train.updates
+    for _ in range(config.train.grad_accumulation):
+        loss, trainer.state = trainer.objective.loss(trainer.forward, trainer.state, span_loss_scale, progress)
+        (loss / config.train.grad_accumulation).backward()
+    grad_norm = clip_grad_norm_(model.parameters(), config.train.grad_clip or math.inf)
+    trainer.averager.add({"train/grad_norm": grad_norm, "train/lr": optimizer.param_groups[0]["lr"]})
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    trainer.update += 1
+    trainer.timer.stop()
+
+
+def interval_metrics(trainer: Trainer) -> Metrics:
+    """The metrics since the last log. Raises ValueError if a loss or gradient norm is not finite."""
+    trainer.check_finite()
+    config, objective = trainer.config, trainer.objective
+    blocks, trainer.logged_blocks = objective.blocks - trainer.logged_blocks, objective.blocks
+    metrics = objective.summarize(trainer.averager.pop_means())
+    if blocks:  # otherwise these updates learned from an older rollout, whose time is not complete yet
+        milliseconds = trainer.timer.pop_milliseconds() / blocks
+        metrics["perf/ms_per_batch"] = milliseconds
+        metrics["perf/tokens_per_second"] = 1000 * config.train.batch_size * config.train.block_size / milliseconds
+    return metrics | peak_memory(trainer.device)
+
+
+def evaluate(trainer: Trainer, split: str) -> Metrics:
+    return trainer.objective.evaluate(trainer.forward, trainer.task, split, trainer.config, trainer.device)
+
+
+def training_costs(folder: Path) -> Metrics:
+    """Time and peak memory of the whole training, also of one that was interrupted and resumed.
+
+    Times are medians over the second half of the logging intervals, when a curriculum has ended and nothing is
+    compiled any more; memory is the largest peak.
+    """
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row]
+    timed_rows = [row for row in rows if "perf/ms_per_batch" in row]
+    second_half = timed_rows[len(timed_rows) // 2 :]
+    metrics = {}
+    if second_half:
+        for name in ("perf/ms_per_batch", "perf/tokens_per_second"):
+            metrics[name] = statistics.median(row[name] for row in second_half)
+    for name in sorted({name for row in rows for name in row if name.startswith("perf/peak_")}):
+        metrics[name] = max(row[name] for row in rows if name in row)
+    return metrics
+
+
+@contextmanager
+def metric_logger(trainer: Trainer) -> Iterator[Callable[[Metrics], None]]:
+    """Yield a function that logs a row of metrics: to metrics.jsonl first, then to W&B, then to the terminal."""
+    config, folder = trainer.config, trainer.folder
+    shown = ("memory/size", "test/memory/size", "perf/ms_per_batch")
+    disable = None if config.run.progress_bar else True  # None: only where there is no terminal
+    progress_bar = tqdm(total=config.train.updates, initial=trainer.update, disable=disable)
+    with wandb_logger(config, folder.name, trainer.run_id) as log_to_wandb, progress_bar:
+
+        def log_metrics(metrics: Metrics) -> None:
+            row = {"update": trainer.update, **metrics}
+            append_metrics(folder / "metrics.jsonl", row)
+            log_to_wandb(row)
+            names = [name for name in row if name.endswith(f"/{trainer.task.metric}")]
+            names += [name for name in shown if name in row]
+            text = ", ".join(f"{name} {row[name]:.4g}" for name in names)
+            progress_bar.n = trainer.update
+            progress_bar.set_postfix_str(text)
+            if progress_bar.disable:
+                log.info(f"update {trainer.update}: {text}")
+
+        yield log_metrics
+
+
+@contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event set by the first Ctrl-C or SIGTERM, so that the update is finished and saved. A second one kills."""
+    stop_requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop_requested
+        return
+    previous_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request_stop(number: int, frame: Any) -> None:
+        stop_requested.set()
+        log.warning("stopping once this update is saved; another Ctrl-C stops at once, and saves nothing")
+        signal.signal(number, previous_handlers[signal.Signals(number)])
+
+    for number in previous_handlers:
+        signal.signal(number, request_stop)
+    try:
+        yield stop_requested
+    finally:
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,149 @@
+"""What a task provides to the training loop.
+
+To write a task of your own, subclass `Task` and define five members; everything else has a default:
+
+    class Parity(Task):
+        vocab_size = 2            # number of distinct input tokens
+        num_classes = 2           # number of distinct answers; vocab_size for a language model
+        metric = "accuracy"       # one of METRICS
+        scoring = "token"         # one of SCORINGS
+
+        def stream(self, split, batch_size, block_size):
+            return ParityStream(...)          # an iterator of Batch, see Stream
+
+and train on it with `task._target_=my_module.Parity`. Keys below `task` are the constructor's arguments.
+A reinforcement-learning task, in which the model acts in environments, subclasses `RLTask` instead.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+SPLITS = ("train", "valid", "test")
+METRICS = ("bpb", "bpc", "ppl", "accuracy", "error")  # bits per byte or character, perplexity; shares from 0 to 1
+SCORINGS = ("token", "sequence", "line")
+IGNORE_INDEX = -100  # a target that is not scored, as in torch.nn.functional.cross_entropy
+
+
+class Batch(NamedTuple):
+    """One block of T timesteps of B parallel streams, on the CPU."""
+
+    tokens: Tensor  # (B, T) int64; or (B, T, F): F fields per timestep, whose embeddings are summed
+    targets: Tensor  # (B, T) int64, IGNORE_INDEX where nothing is scored
+    reach: Tensor | None = None  # (B, T) int64: timesteps since the episode began; None: a single endless episode
+    answer_distance: Tensor | None = None  # (B, T) int64: timesteps back to what the scored target depends on
+    answer_id: Tensor | None = None  # (B, T) int64: number of the answer that a target is part of; -1: none
+
+
+class Stream(Protocol):
+    """An iterator of batches that can be saved and resumed in the middle.
+
+    Row b of every batch continues row b of the batch before it. Training streams never end; the others end with
+    StopIteration.
+    """
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class TaskDefaults:
+    """Members that every task has, with defaults for the optional ones."""
+
+    vocab_size: int
+    num_classes: int
+    metric: str
+    vocab: Sequence[str] | None = None  # the character or word of each token: a str of characters or a list of words
+    data_info: Mapping[str, Any] | None = None  # what the summary of a run says about its data
+    curriculum_stage: float | None = None  # difficulty of the training episodes that begin from now on; None: constant
+
+    def update_curriculum(self, progress: float) -> None:
+        """Make training harder once the model has learned enough. Called at every logging interval.
+
+        Args:
+            progress: Mean training accuracy (an `RLTask`: mean of its `progress_metric`) since the last call;
+                nan where nothing was scored.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint saves of the task, such as its curriculum stage."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+class Task(TaskDefaults, ABC):
+    """A task in which the model predicts the targets of a stream of tokens.
+
+    `metric` is the result that is reported, one of METRICS. `scoring` tells what counts as one answer:
+        "token"       each target on its own
+        "sequence"    all targets of a stream's block together: right only if all of them are
+        "line"        all targets with the same Batch.answer_id together, across blocks
+    """
+
+    scoring: Literal["token", "sequence", "line"]
+    extra_metrics: tuple[str, ...] = ()  # further METRICS to report, such as "bpc"
+
+    @abstractmethod
+    def stream(self, split: str, batch_size: int, block_size: int) -> Stream:
+        """Return `batch_size` parallel streams of one of SPLITS, in blocks of `block_size` timesteps."""
+
+    def bytes_per_token(self, split: str) -> float:
+        """Mean UTF-8 bytes of a target: bits per byte are bits per token divided by it."""
+        return 1.0
+
+
+class Envs(Protocol):
+    """Environments that step together, as tensors on one device; an episode that ends is reset at once."""
+
+    num_envs: int
+
+    @property
+    def episode_info(self) -> Mapping[str, Tensor]:
+        """After a step: success, episode_return and so on, (B,) each, to be read where the step ended the episode."""
+        ...
+
+    @property
+    def steps(self) -> Tensor:
+        """(B,) int64: timesteps since each episode began; 0 at its first observation."""
+        ...
+
+    def observe(self) -> Tensor:
+        """(B, vocab_size) float32: the current observations."""
+        ...
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Take actions (B,) int64; return rewards (B,) float32 and done (B,) bool."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class RLTask(TaskDefaults, ABC):
+    """A task in which the model acts in environments, and is trained by actor-critic.
+
+    `vocab_size` is the length of an observation; `num_classes` is num_actions + 1: the model outputs one logit for each
+    action, and the value. `metric` is any key of `Envs.episode_info`.
+    """
+
+    num_actions: int
+    progress_metric: str  # the key of Envs.episode_info whose mean `update_curriculum` receives
+
+    @abstractmethod
+    def make_envs(self, num_envs: int, device: torch.device | str = "cpu", seed: int = 0, split: str = "train") -> Envs:
+        """Return `num_envs` environments at the start of their first episodes.
+
+        Args:
+            seed: Number that distinguishes several sets of environments of one split within a run.
+            split: One of SPLITS: "train" follows the curriculum; "valid" and "test" are at full difficulty.
+        """

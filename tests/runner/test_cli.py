@@ -1,0 +1,274 @@
+"""The command line: train, evaluate, resume and sweep, each as a process of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_config import COPY, SMALL_SIZES
+
+from expire_span.results import load_runs
+from expire_span.runner import cli
+from expire_span.runner.run_folder import checkpoint
+from expire_span.runner.run_folder.files import lock, read_metrics
+
+EXPIRE_SPAN = [sys.executable, "-m", "expire_span"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{number} bottles of beer on the wall, {number} bottles. " for number in range(300)))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+def run_command(*overrides, folder, cwd=None):
+    arguments = [*EXPIRE_SPAN, *overrides, f"hydra.run.dir={folder}"]
+    return subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+
+
+def losses(folder):
+    return {row["update"]: row["train/loss"] for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row}
+
+
+def wait_for_lines(path: Path, lines: int) -> None:
+    deadline = time.time() + 60
+    while not path.exists() or len(path.read_text().splitlines()) < lines:
+        assert time.time() < deadline, f"{path} has not {lines} lines after a minute"
+        time.sleep(0.05)
+
+
+# Evaluate
+
+
+def test_evaluating_a_run_gives_the_metrics_that_training_ended_with(folder, tmp_path):
+    trained = run_command("task=copy", *COPY, folder=folder)
+    assert trained.returncode == 0, trained.stderr
+    evaluated = run_command(f"evaluate={folder}", "eval.splits=[test]", folder=tmp_path / "evaluated")
+    assert evaluated.returncode == 0, evaluated.stderr
+    first, second = (json.loads((path / "summary.json").read_text()) for path in (folder, tmp_path / "evaluated"))
+    assert first["metrics"]["test/loss"] == second["metrics"]["test/loss"]
+    subprocess.run(
+        [*EXPIRE_SPAN, f"evaluate={folder}", "eval.splits=[test]"], cwd=tmp_path, check=True, capture_output=True
+    )
+    assert [path.parent.name[9:] for path in tmp_path.glob("runs/*/*/summary.json")] == ["evaluate-run"]
+    shown = subprocess.run(
+        [*EXPIRE_SPAN, f"evaluate={folder}", "--cfg", "job"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert f"uses the run's own config, which --cfg cannot show: see {folder}/.hydra/config.yaml" in shown.stderr
+    listed = subprocess.run(
+        [*EXPIRE_SPAN, f"evaluate={folder}", "--info", "defaults"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Defaults List" in listed.stdout  # Hydra takes no override after a flag
+    longer = ["task.episode_length=128", "eval.max_blocks=null"]
+    farther = run_command(f"evaluate={folder}", *longer, folder=tmp_path / "farther")
+    assert farther.returncode == 0, farther.stderr
+    summary = json.loads((tmp_path / "farther" / "summary.json").read_text())
+    assert "test/accuracy_distance_64_128" in summary["metrics"]
+
+
+def test_evaluation_knows_the_keys_of_the_run_and_refuses_others(folder, tmp_path, text):
+    overrides = ["task=text", f"task.path={text}", "memory.max_span=32", *SMALL_SIZES]
+    assert run_command(*overrides, folder=folder).returncode == 0
+    larger = ["task.test_fraction=0.2", "eval.splits=[test]"]
+    evaluated = run_command(f"evaluate={folder}", *larger, folder=tmp_path / "larger")
+    assert evaluated.returncode == 0, evaluated.stderr
+    summary = json.loads((tmp_path / "larger" / "summary.json").read_text())
+    assert summary["config"]["task"]["test_fraction"] == 0.2
+    wrong_overrides = {
+        "task.episode_length=64": "task.episode_length is not in the config",
+        "task=copy": "omit task=copy",
+    }
+    for override, message in wrong_overrides.items():
+        refused = run_command(f"evaluate={folder}", override, folder=tmp_path / "refused")
+        assert refused.returncode == 1
+        assert message in refused.stderr
+
+
+# Resume
+
+
+def test_a_killed_run_resumes_from_the_command_line_to_the_same_losses(tmp_path):
+    overrides = [*COPY, "train.updates=400", "run.log_every=1"]
+    folder = tmp_path / "killed"
+    arguments = [*EXPIRE_SPAN, *overrides, f"hydra.run.dir={folder}"]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for_lines(folder / "metrics.jsonl", lines=20)
+        process.kill()
+    assert not (folder / "summary.json").exists()
+    resumed = run_command(f"resume={folder}", "train.updates=60", folder=folder)
+    assert resumed.returncode == 0, resumed.stderr
+    uninterrupted = run_command(*overrides, "train.updates=60", folder=tmp_path / "uninterrupted")
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    expected = losses(tmp_path / "uninterrupted")
+    assert len(expected) == 60
+    assert losses(folder) == expected
+
+
+def test_a_run_with_config_files_of_the_users_own_resumes_with_them(tmp_path):
+    (tmp_path / "mine/task").mkdir(parents=True)
+    text = (Path(cli.__file__).parents[2] / "conf/task/copy.yaml").read_text()
+    (tmp_path / "mine/task/mine.yaml").write_text(text)
+    config_dir = ["--config-dir", str(tmp_path / "mine")]
+    first = run_command(*config_dir, "task=mine", *COPY, "train.updates=2", folder=tmp_path / "run")
+    assert first.returncode == 0, first.stderr
+    for arguments, update in ((["train.updates=3"], 3), ([*config_dir, "train.updates=4"], 4)):
+        resumed = run_command(f"resume={tmp_path / 'run'}", *arguments, folder=tmp_path / "run")
+        assert resumed.returncode == 0, resumed.stderr
+        assert checkpoint.load(tmp_path / "run")["update"] == update
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("train.updates=1", "has done 2 updates"), ("seed=7", "omit seed=7"), ("model=trans_xl", "omit model=")],
+)
+def test_a_run_does_not_resume_with_what_contradicts_it(override, message, tmp_path):
+    assert run_command(*COPY, "train.updates=2", folder=tmp_path / "run").returncode == 0
+    before = (tmp_path / "run/summary.json").read_text()
+    result = run_command(f"resume={tmp_path / 'run'}", override, folder=tmp_path / "run")
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert (tmp_path / "run/summary.json").read_text() == before
+
+
+@pytest.mark.parametrize("override", ["train.updates=2", "train.batch_size=8", "transformer.hidden_size=32"])
+def test_a_start_that_is_refused_leaves_the_run_folder_unchanged(override, folder, tmp_path):
+    assert run_command(*COPY, folder=folder).returncode == 0
+    before = {path.name: path.read_bytes() for path in (folder / ".hydra").iterdir()}
+    assert set(before) == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    arguments = [*EXPIRE_SPAN, f"resume={folder}", override]
+    refused = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    reasons = "more than train.updates=2|with train.batch_size=4|checkpoint of another model"
+    assert re.search(f"^error: .*({reasons})", refused.stderr)
+    assert {path.name: path.read_bytes() for path in (folder / ".hydra").iterdir()} == before
+    evaluated_into_itself = run_command(f"evaluate={folder}", folder=folder)
+    assert "evaluate into another hydra.run.dir" in evaluated_into_itself.stderr
+
+
+def test_a_folder_with_special_characters_in_its_name_can_be_resumed(tmp_path):
+    folder = tmp_path / "lr=1,x"
+    assert run_command(*COPY, "train.updates=2", folder=f"'{folder}'").returncode == 0
+    arguments = [*EXPIRE_SPAN, f"resume={folder}", "train.updates=3"]
+    subprocess.run(arguments, check=True, capture_output=True, timeout=120)
+    assert checkpoint.load(folder)["update"] == 3
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate"])
+def test_a_run_folder_of_a_version_with_other_names_is_refused_with_what_to_do(command, folder, tmp_path):
+    assert run_command(*COPY, "train.updates=2", folder=folder).returncode == 0
+    path = folder / ".hydra/config.yaml"
+    path.write_text(path.read_text().replace("optimizer:", "optimiser:"))
+    into = folder if command == "resume" else tmp_path / "evaluated"
+    refused = run_command(f"{command}={folder}", folder=into)
+    assert refused.returncode == 1
+    assert "was written by expire-span 0.1" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+# Sweeps
+
+
+def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(tmp_path):
+    overrides = ["-m", "model=trans_xl,expire_span", "seed=1,2", *COPY]
+    swept = run_command(*overrides, f"hydra.sweep.dir={tmp_path}/sweep", folder=tmp_path / "unused")
+    assert swept.returncode == 0, swept.stderr
+    summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/summary.json"))]
+    assert [(summary["model"], summary["config"]["seed"]) for summary in summaries] == [
+        ("trans_xl", 1),
+        ("trans_xl", 2),
+        ("expire_span", 1),
+        ("expire_span", 2),
+    ]
+
+
+def test_every_failed_job_of_a_sweep_is_reported_in_its_output_and_in_the_report(tmp_path):
+    overrides = ["-m", *COPY, "train.updates=2", "train.batch_size=4,0,-1"]
+    swept = run_command(*overrides, f"hydra.sweep.dir={tmp_path}/sweep", folder=tmp_path / "unused")
+    assert swept.returncode == 1
+    problems = " ".join(load_runs(tmp_path / "sweep").problem.dropna())
+    for number, batch_size in ((1, 0), (2, -1)):
+        reason = f"failed: train.batch_size must be at least 1, got {batch_size}"
+        assert f"job {number} {reason}" in swept.stdout
+        assert reason in problems
+
+
+def test_a_sweep_does_not_resume(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["expire-span", "-m", "resume=somewhere"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(SystemExit, match="resume=RUN resumes a single run; omit -m"):
+        cli.main()
+
+
+# Interrupts and bad input
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
+    folder = tmp_path / "run"
+    overrides = [*COPY, "train.updates=100000", "run.checkpoint_every=100000"]
+    arguments = [*EXPIRE_SPAN, *overrides, f"hydra.run.dir={folder}"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_lines(folder / "metrics.jsonl", lines=2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert re.search(rf"^stopped at update \d+; to resume: expire-span resume={folder}$", errors, re.MULTILINE), errors
+    assert checkpoint.load(folder)["update"] > 0
+
+
+def test_ctrl_c_outside_of_training_ends_with_one_word(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["expire-span"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it; monkeypatch restores it afterwards
+    monkeypatch.setattr(cli, "hydra_main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["modle=trans_xl"], "modle"),
+        (["train.updates=many"], "train.updates: Value 'many'"),
+        (["optimiser.lr=1e-3"], "optimiser.lr is called optimizer.lr since version 0.2"),
+        (["task=text", "task.path=nowhere.txt"], "task.path=nowhere.txt does not exist"),
+        (["evaluate=nowhere"], "nowhere is not a run folder"),
+        (["resume=nowhere"], "nowhere is not a run folder"),
+        (["run.device=tpu"], "run.device=tpu is not available here"),
+        (["model=compressive", "model.max_span=8"], "model.max_span=8 is too short for blocks of 32"),
+        (["experiment=table1_expire_span_128k", "size=mini"], "brings its own size; omit size=mini"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_input_is_reported_in_one_line_that_names_the_value(overrides, message, tmp_path):
+    result = run_command(*overrides, "wandb.mode=disabled", folder=tmp_path / "run", cwd=tmp_path)
+    assert result.returncode == 1
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_run_folder_in_use_is_refused(folder):
+    with lock(folder):
+        result = run_command("wandb.mode=disabled", folder=folder)
+    assert result.returncode == 1
+    assert f"in use by process {os.getpid()}" in result.stderr

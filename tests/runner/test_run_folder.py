@@ -1,0 +1,138 @@
+"""The files of a run folder survive full disks, crashes and two processes at once."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from expire_span.runner.run_folder import files
+
+METRICS = "metrics.jsonl"
+
+
+def test_a_summary_is_strict_json_with_null_for_nan_and_infinity(tmp_path):
+    metrics = {"test/bpb": math.nan, "test/accuracy": 1 / 3, "spans": (1.0, math.inf)}
+    files.write_summary(tmp_path, {"metrics": metrics, "finished": True})
+    written = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert written == {
+        "metrics": {"test/bpb": None, "test/accuracy": 1 / 3, "spans": [1.0, None]},
+        "finished": True,
+    }
+
+
+def test_a_summary_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    files.write_summary(tmp_path, {"finished": False})
+    with pytest.raises(TypeError):
+        files.write_summary(tmp_path, {"finished": object()})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"finished": False}
+    assert os.listdir(tmp_path) == ["summary.json"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_leaves_the_old_summary(tmp_path):
+    files.write_summary(tmp_path, {"finished": False})
+    (tmp_path / "summary.json.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        files.write_summary(tmp_path, {"finished": True})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"finished": False}
+
+
+def test_metrics_are_read_as_they_were_logged(tmp_path):
+    rows = [{"update": 1, "train/loss": 1 / 3}, {"update": 2, "train/loss": 1e-300}]
+    for row in rows:
+        files.append_metrics(tmp_path / METRICS, row)
+    assert files.read_metrics(tmp_path / METRICS) == rows
+
+
+def test_an_infinite_metric_is_null_in_the_file_and_nan_when_read(tmp_path):
+    files.append_metrics(tmp_path / METRICS, {"update": 1, "train/loss": math.inf})
+    assert (tmp_path / METRICS).read_text() == '{"update": 1, "train/loss": null}\n'
+    assert math.isnan(files.read_metrics(tmp_path / METRICS)[0]["train/loss"])
+
+
+@pytest.mark.parametrize("value", ["0.3", True, None, torch.tensor(0.3)], ids=["text", "bool", "none", "tensor"])
+def test_a_metric_of_another_type_is_refused_by_name_and_nothing_is_written(tmp_path, value):
+    with pytest.raises(TypeError, match="train/loss"):
+        files.append_metrics(tmp_path / METRICS, {"update": 1, "train/loss": value})
+    assert not (tmp_path / METRICS).exists()
+
+
+def test_numpy_numbers_are_numbers(tmp_path):
+    row = {"update": torch.tensor(3).numpy()[()], "train/loss": torch.tensor(0.5).numpy()[()]}
+    files.append_metrics(tmp_path / METRICS, row)
+    assert files.read_metrics(tmp_path / METRICS) == [{"update": 3, "train/loss": 0.5}]
+
+
+def test_truncation_keeps_the_update_to_resume_from_and_removes_later_ones(tmp_path):
+    path = tmp_path / METRICS
+    path.write_text('{"update": 1}\n{"update": 2}\n{"update": 3}\n{"upda')
+    assert [row["update"] for row in files.read_metrics(path)] == [1, 2, 3]
+    files.truncate_metrics(path, 2, last_update=9)
+    files.append_metrics(path, {"update": 3})
+    assert path.read_text() == '{"update": 1}\n{"update": 2}\n{"update": 3}\n'
+
+
+def test_a_complete_last_line_without_a_line_break_is_kept(tmp_path):
+    path = tmp_path / METRICS
+    path.write_text('{"update": 1}\n{"update": 2}')
+    files.truncate_metrics(path, 2, last_update=9)
+    files.append_metrics(path, {"update": 3})
+    assert [row["update"] for row in files.read_metrics(path)] == [1, 2, 3]
+
+
+def test_a_run_that_logged_nothing_can_be_truncated(tmp_path):
+    files.truncate_metrics(tmp_path / METRICS, 5, last_update=9)
+    assert not (tmp_path / METRICS).exists()
+
+
+def test_a_broken_line_in_the_middle_is_reported_and_not_skipped(tmp_path):
+    (tmp_path / METRICS).write_text('{"update": 1}\n{"upda\n{"update": 3}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        files.read_metrics(tmp_path / METRICS)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of tmp_path."""
+    program = (
+        "import sys; from expire_span.runner.run_folder.files import lock\n"
+        "with lock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_folder_in_use_is_refused_with_the_process_and_what_to_do(tmp_path, holder):
+    with (
+        pytest.raises(ValueError, match=rf"in use by process {holder.pid}; .*hydra\.run\.dir") as refusal,
+        files.lock(tmp_path),
+    ):
+        pass
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_killed_process_releases_its_lock(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    with files.lock(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    with files.lock(tmp_path):
+        pass
+
+
+def test_a_full_disk_is_reported_with_the_file_and_how_to_go_on(tmp_path):
+    path = Path("/dev/full")
+    if not path.exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(OSError, match=r"/dev/full could not be written \(No space left on device\); .*resume=/dev"):
+        files.append_metrics(path, {"update": 1})
