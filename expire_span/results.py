@@ -44,11 +44,11 @@ def load_runs(*folders: str | Path) -> pd.DataFrame:
     """
     run_folders: dict[Path, Path] = {}
     for root in map(Path, folders):
-        found = list(_find_run_folders(root))
-        if not found:
+        run_folders_below = list(_find_run_folders(root))
+        if not run_folders_below:
             reason = "holds no run (summary.json or .hydra)" if root.is_dir() else "is not a folder"
             raise ValueError(f"{root} {reason}; give a run folder, or a folder of run folders")
-        for folder in found:
+        for folder in run_folders_below:
             run_folders.setdefault(folder.resolve(), folder)
     rows = [_read_run(folder) for folder in run_folders.values()]
     names = dict.fromkeys([*RUN_COLUMNS, *(name for row in rows for name in row)])

@@ -25,6 +25,7 @@ VECTOR_FLAGS = {"AVX2": AVX2, "AVX512": AVX512}  # by torch's names for what a C
 
 
 def compile_command(compiler: str, target: Path) -> list[str]:
+    """The command that compiles the operators to the shared library `target`."""
     flags = [*FLAGS, "-DAT_PARALLEL_OPENMP=1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     flags += VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
     # torch.utils.cpp_extension knows these folders too, but warns where a CUDA build of torch finds no device.

@@ -117,6 +117,7 @@ def interval_metrics(trainer: Trainer) -> Metrics:
 
 
 def evaluate(trainer: Trainer, split: str) -> Metrics:
+    """The metrics of one split under the current weights."""
     return trainer.objective.evaluate(trainer.forward, trainer.task, split, trainer.config, trainer.device)
 
 

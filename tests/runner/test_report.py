@@ -191,7 +191,7 @@ def test_a_setting_with_a_pipe_keeps_the_table_whole(tmp_path):
     assert len(text.splitlines()) == 4
 
 
-def test_a_setting_that_is_now_a_number_and_now_text_tells_rows_apart(tmp_path):
+def test_a_setting_with_values_of_several_types_gets_a_column(tmp_path):
     for name, value in (("a", 8), ("b", "all"), ("c", None)):
         run_folder(tmp_path / name, config={"task.limit": value})
     assert [row["task.limit"] for row in rows(report(tmp_path))] == ["8", "all", ""]
@@ -233,7 +233,7 @@ def test_unfinished_and_broken_runs_are_listed_with_the_reason(tmp_path):
     assert listed["former"] == "written by expire-span 0.1, whose names have changed: read it with that version"
 
 
-def test_without_a_finished_run_the_reasons_are_still_told(tmp_path):
+def test_without_a_finished_run_the_problems_are_listed(tmp_path):
     (tmp_path / "killed/.hydra").mkdir(parents=True)
     text = report(tmp_path, "test/accuracy>=0.5", distance=True)
     assert text.startswith("No finished run.\n")

@@ -83,6 +83,7 @@ def main() -> None:
 
 
 def print_generated_text(model: Transformer, task: Task, options: argparse.Namespace) -> None:
+    """Write the prompt and its continuation to stdout. Raises ValueError for an empty prompt."""
     encode, decode = text_codec(task)
     prompt = encode(options.prompt)
     if not prompt:

@@ -17,6 +17,7 @@ class MetricAverager:
         self.values_by_name: dict[str, list[Any]] = defaultdict(list)
 
     def add(self, metrics: dict[str, Any]) -> None:
+        """Add one value of each metric, a number or a scalar tensor."""
         for name, value in metrics.items():
             self.values_by_name[name].append(value)
 
@@ -30,6 +31,7 @@ class MetricAverager:
         return dict(self.values_by_name)
 
     def load_values(self, values: dict[str, list[float]]) -> None:
+        """Restore values that a checkpoint saved."""
         self.values_by_name.update({name: list(numbers) for name, numbers in values.items()})
 
     def pop_means(self) -> Metrics:

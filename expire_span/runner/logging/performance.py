@@ -21,6 +21,7 @@ class StepTimer:
         self.step_start: Any = None
 
     def now(self) -> Any:
+        """A point in time: an event on CUDA, else seconds."""
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -28,9 +29,11 @@ class StepTimer:
         return event
 
     def start(self) -> None:
+        """Begin to time a step."""
         self.step_start = self.now()
 
     def stop(self) -> None:
+        """End the step that `start` began."""
         self.steps.append((self.step_start, self.now()))
 
     def pop_milliseconds(self) -> float:

@@ -47,6 +47,7 @@ def wandb_logger(config: DictConfig, name: str, run_id: str) -> Iterator[LogRow]
 
 
 def init_run(config: DictConfig, name: str, run_id: str) -> Any:
+    """Start or resume the W&B run with this name and id."""
     import wandb  # takes a second to import, and may be missing on a machine without a network
 
     settings = config.wandb
@@ -75,6 +76,7 @@ def init_run(config: DictConfig, name: str, run_id: str) -> Any:
 
 
 def finish_run(run: Any, exit_code: int) -> None:
+    """Finish a W&B run, if there is one; 0 marks it as successful."""
     if run is not None:
         try:
             run.finish(exit_code=exit_code)
