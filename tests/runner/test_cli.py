@@ -20,19 +20,6 @@ from expire_span.runner.run_folder.files import lock, read_metrics
 EXPIRE_SPAN = [sys.executable, "-m", "expire_span"]
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"{number} bottles of beer on the wall, {number} bottles. " for number in range(300)))
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "run").mkdir()
-    return tmp_path / "run"
-
-
 def run_command(*overrides, folder, cwd=None):
     arguments = [*EXPIRE_SPAN, *overrides, f"hydra.run.dir={folder}"]
     return subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)

@@ -138,14 +138,22 @@ def test_the_command_continues_a_prompt_and_reports_speed_and_memory(run, monkey
     ("options", "message"),
     [
         (["--prompt", ""], "--prompt is empty"),
-        (["--temperature", "-1"], "must not be negative"),
-        (["--top-k", "0"], "at least 1"),
+        (["--temperature", "-1"], "--temperature must not be negative, got -1.0"),
+        (["--top-k", "0"], "--top-k must be at least 1, got 0"),
+        (["--max-new-tokens", "-5"], "--max-new-tokens must be at least 1, got -5"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(run, monkeypatch, options, message):
     monkeypatch.setattr("sys.argv", ["expire-span-generate", str(run), *options])
     with pytest.raises(SystemExit, match=message):
         main()
+
+
+def test_the_former_flag_is_refused_with_its_new_name(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["expire-span-generate", str(run), "--tokens", "9"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--tokens is now called --max-new-tokens: --max-new-tokens 9" in capsys.readouterr().err
 
 
 def test_a_run_without_text_is_refused(tmp_path, monkeypatch):

@@ -17,19 +17,6 @@ from expire_span.runner.train import interval_metrics, train, train_step
 from expire_span.runner.trainer import Trainer
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"{number} bottles of beer on the wall, {number} bottles. " for number in range(300)))
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "run").mkdir()
-    return tmp_path / "run"
-
-
 def losses(folder):
     return {row["update"]: row["train/loss"] for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row}
 

@@ -70,10 +70,16 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="above 1: more random; 0: the most likely")
     parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens only")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.tokens:
+        parser.error(f"--tokens is now called --max-new-tokens: --max-new-tokens {options.tokens}")
     try:
-        if options.temperature < 0 or (options.top_k is not None and options.top_k < 1) or options.max_new_tokens < 1:
-            raise ValueError("--temperature must not be negative, --top-k and --tokens must be at least 1")
+        if options.temperature < 0:
+            raise ValueError(f"--temperature must not be negative, got {options.temperature}")
+        for flag, value in {"--top-k": options.top_k, "--max-new-tokens": options.max_new_tokens}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{flag} must be at least 1, got {value}")
         run = load_run(options.run, validate(load_config(options.run)))
         print_generated_text(run.model, run.task, options)
     except (KeyboardInterrupt, BrokenPipeError):

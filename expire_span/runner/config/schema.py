@@ -195,7 +195,7 @@ def validate_section(config: DictConfig, name: str, schema: type) -> None:
             if new_name := current_name(key):
                 raise ValueError(f"{key} is called {new_name} since version 0.2") from None
             known = ", ".join(key_field.name for key_field in fields(schema))
-            raise ValueError(f"{key} is not known; {name or 'beside the sections it'} takes: {known}") from None
+            raise ValueError(f"{key} is not known; {name or 'the top level'} takes: {known}") from None
         if "is not a ListConfig" in first_line(error):
             raise ValueError(f"{key} must be a list, as in {key}=[{section.get(error.full_key)}]") from None
         raise ValueError(f"{key}: {first_line(error)}") from None
