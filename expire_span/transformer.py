@@ -93,6 +93,7 @@ class TransformerBlock(nn.Module):
         position: Tensor,
         reach: Tensor | None,
         episode_reach: Tensor | None,
+        span_cap: int | None = None,
     ) -> tuple[Tensor, Memory, Tensor, dict[str, Tensor]]:
         """Process one block.
 
@@ -103,6 +104,7 @@ class TransformerBlock(nn.Module):
             position: (n, D), the table of relative positions.
             reach: (B, T), timesteps up to which each query sees (None: all).
             episode_reach: (B, T), the same without random drop: memories beyond it are deleted (None: none are).
+            span_cap: Timesteps: longer spans count as this (None: no limit).
 
         Returns:
             The output (B, T, d), everything that the block attended to (N rows), which of these rows to keep (N,), and
@@ -114,10 +116,14 @@ class TransformerBlock(nn.Module):
         block = from_dense(hidden, time)
         attended = self.attended(*([memory, block] if pooled is None else [memory, pooled, block]))  # N rows
         age = step - attended.time  # (N,)
+        assert attended.kv is not None
+        key, value, span = attended.kv  # (N, H, D), (N, H, D), (N, H or 1)
+        if span_cap is not None:
+            span = span.clamp(max=span_cap)  # those in `attended` stay as the mechanism gave them
 
         attention_output = self.attention(
             self.attention_norm(hidden) if self.pre_norm else hidden,
-            attended,
+            attended._replace(kv=(key, value, span)),
             age=age,
             ramp=self.mechanism.ramp,
             position=position[: self.mechanism.num_positions],
@@ -131,8 +137,6 @@ class TransformerBlock(nn.Module):
             hidden = self.attention_norm(hidden + attention_output)
             hidden = self.feedforward_norm(hidden + self.feedforward(hidden))
 
-        assert attended.kv is not None
-        span = attended.kv[2]  # (N, H or 1)
         sample = sample_index(attended.offsets, len(age))  # (N,)
         nearest, farthest = visible_distances(age, attended.min_distance, sample, block_size, reach)  # (N,) each
         metrics = {"span_loss": self.mechanism.loss(span, nearest, farthest, batch_size, block_size)}
@@ -224,7 +228,7 @@ class Transformer(nn.Module):
         return {"step": step, "layers": memories}
 
     def forward(
-        self, tokens: Tensor, state: State, reach: Tensor | None = None
+        self, tokens: Tensor, state: State, reach: Tensor | None = None, span_cap: int | None = None
     ) -> tuple[Tensor, State, dict[str, Any]]:
         """Process one block.
 
@@ -233,6 +237,8 @@ class Transformer(nn.Module):
             state: From `initial_state` or from the previous block.
             reach: (B, T), timesteps since the episode began: what is older is neither seen nor kept (None: one endless
                 episode).
+            span_cap: Timesteps: longer spans are shortened to this, in evaluation (None: no limit). Shorter ones stay
+                as they are, where another max_span would rescale them.
 
         Returns:
             The logits (B, T, num_classes), or with an adaptive softmax the hidden states (B, T, d), for `output_head`;
@@ -253,7 +259,7 @@ class Transformer(nn.Module):
             memories = [memory._replace(kv=None) for memory in memories]  # the cached keys belong to other weights
         attended, keep, layer_metrics = [], [], []
         for layer, memory in zip(self.layers, memories, strict=True):
-            inputs = (hidden, memory, state["step"], self.position, reach, episode_reach)
+            inputs = (hidden, memory, state["step"], self.position, reach, episode_reach, span_cap)
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 hidden, layer_attended, layer_keep, metrics = checkpoint(layer, *inputs, use_reentrant=False)
             else:

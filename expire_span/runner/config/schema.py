@@ -89,6 +89,7 @@ class EvalConfig:
     batch_size: int
     block_size: int
     max_blocks: int | None
+    span_cap: int | None = None  # folders of earlier runs do not have it
 
 
 @dataclass
@@ -145,6 +146,7 @@ MINIMUM = {
     "eval.block_size": 1,
     "eval.interval": 1,
     "eval.max_blocks": 1,
+    "eval.span_cap": 1,
     "run.log_every": 1,
     "run.checkpoint_every": 1,
     "run.num_threads": 1,

@@ -117,7 +117,9 @@ class ActorCritic:
         steps_left = config.eval.max_blocks * block_size  # in which counted episodes may begin
         while steps_left > 0 or (envs.steps > -steps_left).any():
             with autocast(config, device):
-                _, state, means = collect_rollout(model, state, envs, generator, block_size, steps_left, by_distance)
+                _, state, means = collect_rollout(
+                    model, state, envs, generator, block_size, steps_left, by_distance, config.eval.get("span_cap")
+                )
             del means["span_loss"]
             averager.add(means)
             steps_left -= block_size
@@ -150,12 +152,14 @@ def collect_rollout(
     num_steps: int,
     max_start_step: float = math.inf,
     by_distance: AccuracyByDistance | None = None,
+    span_cap: int | None = None,
 ) -> tuple[Rollout, State, Metrics]:
     """Act for num_steps timesteps, sampling from the policy one timestep at a time.
 
     Args:
         max_start_step: Count only episodes that begin fewer than this many timesteps from now.
         by_distance: receives the success of each counted episode, where the task knows a distance.
+        span_cap: timesteps; spans longer than this are shortened to it.
 
     Returns:
         the rollout, the state after it, and the metrics of memory and episodes (see `per_episode`).
@@ -164,7 +168,7 @@ def collect_rollout(
     model.eval()
     for step in range(num_steps):
         observation, reach = envs.observe(), envs.steps  # (B, vocab_size), (B,)
-        outputs, state, metrics = model(observation[:, None], state, reach[:, None])
+        outputs, state, metrics = model(observation[:, None], state, reach[:, None], span_cap)
         log_probs, value = policy_and_value(outputs[:, 0])  # (B, actions), (B,)
         action = torch.multinomial(log_probs.exp(), 1, generator=generator)  # (B, 1)
         reward, done = envs.step(action[:, 0])  # (B,), (B,)
@@ -183,7 +187,7 @@ def collect_rollout(
         if by_distance and "distance" in envs.episode_info:
             by_distance.add(envs.episode_info["success"], counted, envs.episode_info["distance"])
     rollout = {name: torch.stack([step[name] for step in steps], 1) for name in steps[0]}  # (B, T, ...)
-    outputs, _, _ = model(envs.observe()[:, None], state, envs.steps[:, None])
+    outputs, _, _ = model(envs.observe()[:, None], state, envs.steps[:, None], span_cap)
     rollout["next_value"] = policy_and_value(outputs[:, 0])[1]  # (B,)
     return rollout, state, averager.pop_means()
 

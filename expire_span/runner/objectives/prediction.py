@@ -85,7 +85,7 @@ class Prediction:
                 break
             num_targets, batch = count_targets(batch), to_device(batch, device)
             with autocast(config, device):
-                logits, state, metrics = model(batch.tokens, state, batch.reach)
+                logits, state, metrics = model(batch.tokens, state, batch.reach, config.eval.get("span_cap"))
                 answers.add(*loss_and_predictions(model, logits, batch, num_targets, task.metric), batch)
             del metrics["span_loss"]
             timesteps = batch.tokens.shape[1]  # the last block may be shorter, and counts for less
