@@ -120,6 +120,10 @@ class TransformerBlock(nn.Module):
         key, value, span = attended.kv  # (N, H, D), (N, H, D), (N, H or 1)
         if span_cap is not None:
             span = span.clamp(max=span_cap)  # those in `attended` stay as the mechanism gave them
+        max_distance = self.mechanism.max_distance
+        if max_distance is not None:
+            farthest_seen = torch.full((batch_size, block_size), max_distance, device=hidden.device)  # (B, T)
+            reach = farthest_seen if reach is None else torch.minimum(reach, farthest_seen)
 
         attention_output = self.attention(
             self.attention_norm(hidden) if self.pre_norm else hidden,
@@ -143,6 +147,8 @@ class TransformerBlock(nn.Module):
         with torch.no_grad():
             m = soft_mask((age + block_size)[:, None], span, self.mechanism.ramp)  # (N, H or 1), for the next block
             keep = (m > 0).any(-1) & (attended.min_distance < NEVER)  # (N,)
+            if max_distance is not None:
+                keep = keep & (age + block_size <= max_distance)
             if episode_reach is not None:
                 keep = keep & (age + block_size - 1 <= episode_reach[:, -1][sample])
             num_queries = batch_size * block_size
@@ -313,15 +319,22 @@ def aggregate_metrics(layer_metrics: list[dict[str, Tensor]], memories: list[Mem
         span_loss: The sum of the layers' span losses, differentiable, with alpha.
         memory/size: Average memory size |C_t| (sections 3 and 4.1), the mean over queries, samples, heads and layers.
         memory/size_layer_N: The same for layer N.
+        memory/held: Memories per sample that a layer holds after the block, the mean over samples and layers. More than
+            a query sees where heads have different spans, or where random drop hides some.
+        memory/held_layer_N: The same for layer N.
         memory/span: Average span of the block's hidden states, timesteps.
         memory/bytes: Size of the carried memories per sample, without cached keys, values and spans.
     """
     sizes = [metrics["memory_size"] for metrics in layer_metrics]
+    batch_size = len(memories[0].offsets) - 1
+    held = [len(memory.time) / batch_size for memory in memories]
     num_bytes = sum(tensor.numel() * tensor.element_size() for memory in memories for tensor in memory[:4])
     return {
         "span_loss": torch.stack([metrics["span_loss"] for metrics in layer_metrics]).sum(),
         "memory/size": torch.stack(sizes).mean(),
         "memory/span": torch.stack([metrics["span"] for metrics in layer_metrics]).mean(),
-        "memory/bytes": num_bytes / (len(memories[0].offsets) - 1),
+        "memory/held": sum(held) / len(held),
+        "memory/bytes": num_bytes / batch_size,
         **{f"memory/size_layer_{index}": size for index, size in enumerate(sizes)},
+        **{f"memory/held_layer_{index}": count for index, count in enumerate(held)},
     }

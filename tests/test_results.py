@@ -43,7 +43,7 @@ def test_a_column_is_a_setting_or_a_metric_or_of_the_run_or_of_the_paper(tmp_pat
     runs = load_runs(tmp_path)
     settings, metrics = setting_columns(runs), metric_columns(runs)
     assert {"train.batch_size", "protocol.max_span", "data.book:one.txt"} <= set(settings)
-    assert metrics == ["test/accuracy", "test/memory/size", "perf/ms_per_batch"]
+    assert metrics == ["test/accuracy", "test/memory/size", "test/memory/held", "perf/ms_per_batch"]
     assert set(runs) - set(settings) - set(metrics) == {*RUN_COLUMNS, "paper: test/accuracy"}
     assert runs["paper: test/accuracy"][0] == 0.521
 

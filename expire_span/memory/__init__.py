@@ -8,12 +8,14 @@ among them is how memories are handled"):
     | model          | span                                | its shape             | ramp | what is kept         |
     | -------------- | ----------------------------------- | --------------------- | ---- | -------------------- |
     | Transformer-XL | L                                   | one number            | 1    | the last L           |
-    | Adaptive-Span  | z + 1, learned                      | per head              | R    | the last max z + R   |
+    | Adaptive-Span  | z + 1, learned                      | per head              | R    | the last max z + R,  |
+    |                |                                     |                       |      | but at most L        |
     | Expire-Span    | e_i, predicted from h_i             | per sample and memory | R    | those with m > 0     |
     | Compressive    | L; L + c (C + 1) for a pooled state | one number per kind   | 1    | the last L, C pooled |
 
 What is kept follows from the span: a memory is deleted, for each sample and layer, once m = 0 for the first query of
-the next block.
+the next block. Expire-Span may hold more than L, since a memory with e_i near L fades over R timesteps more (section
+4.1 counts R - 1 + floor(e_i) of them).
 """
 
 from .adaptive_span import AdaptiveSpan

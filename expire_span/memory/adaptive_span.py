@@ -2,8 +2,11 @@
 
 The soft mask, with x = t - i and the + 1 of the authors' released code, and the loss:
 
-    m_z(x) = clamp((R + z + 1 - x) / R, 0, 1)
+    m_z(x) = clamp((R + z + 1 - x) / R, 0, 1) for x <= L, else 0
     loss   = alpha * mean of z over the heads
+
+As in the released code, no head sees farther than L, even where its ramp would go on beyond L. A layer therefore holds
+the last min(L, max z + R) memories.
 """
 
 import torch
@@ -39,6 +42,7 @@ class AdaptiveSpan(Mechanism):
             raise ValueError(f"model.init_span_ratio must lie between 0 and 1, got {init_span_ratio}")
         if alpha < 0:
             raise ValueError(f"model.alpha must not be negative, got {alpha}")
+        self.max_distance = max_span
         self.alpha, self.init_span_ratio = alpha, init_span_ratio
         self.span_ratio = nn.Parameter(torch.full((num_heads,), float(init_span_ratio)))  # (H,)
 

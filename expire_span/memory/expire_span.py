@@ -5,6 +5,9 @@ The span, the soft mask that attention applies, and the loss, which is averaged 
     e_i  = L sigmoid(w . h_i + b)
     m_ti = clamp(1 + (e_i - (t - i)) / R, 0, 1)
     loss = alpha / (R T) * sum of e_i - (t - i) over all i and the T queries t of the block with 0 < m_ti < 1
+
+L limits e_i, not the number of memories: one with e_i near L fades until L + R, as in the paper and the released code.
+A layer holds at most L + R - 1 memories of each sample.
 """
 
 import math

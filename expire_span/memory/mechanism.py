@@ -33,10 +33,13 @@ class Mechanism(nn.Module):
         rows: (P,) int64, the table's row for distance j + 1, if distances share rows (None: row j).
         random_drop: Whether training hides memories farther than l ~ U(0, L), one l per batch (section 4.2).
         max_block_size: Timesteps: blocks of any length up to this can be processed.
+        max_distance: Memories farther away than this, in timesteps, are invisible and deleted (None: only the span
+            decides).
     """
 
     random_drop = False
     max_block_size = 2**40
+    max_distance: int | None = None
 
     def __init__(self, max_span: int, ramp: float, num_positions: int):
         super().__init__()

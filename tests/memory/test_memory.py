@@ -57,6 +57,75 @@ def test_deleting_memories_with_m_0_changes_no_later_output(kind, tokens, monkey
     assert len(state["layers"][1].time) < len(everything["layers"][1].time)
 
 
+def naive_held(kind, mechanism, time, hidden):
+    """How many memories the next query, at timestep `time`, can see with any head: counted one by one."""
+    if kind == "compressive":
+        return min(time, mechanism.max_span) + min(max(time - mechanism.max_span, 0) // 4, mechanism.compressed_size)
+    held = 0
+    for i in range(time):
+        distance = time - i
+        if kind == "expire_span":
+            spans = (mechanism.max_span * torch.sigmoid(hidden[i] @ mechanism.weight + mechanism.bias)).tolist()
+        elif kind == "adaptive_span":
+            spans = (mechanism.max_span * mechanism.span_ratio + 1).tolist()
+        else:
+            spans = mechanism.max_span
+        spans = spans if isinstance(spans, list) else [spans]
+        in_reach = kind == "expire_span" or distance <= mechanism.max_span
+        held += in_reach and any(1 + (span - distance) / mechanism.ramp > 0 for span in spans)
+    return held
+
+
+@pytest.mark.parametrize("kind", MECHANISMS)
+def test_memory_held_is_the_count_of_the_memories_that_the_next_query_can_see_with_any_head(kind, tokens, monkeypatch):
+    model, state = small_model(kind), None
+    with torch.no_grad():
+        monkeypatch.setattr(transformer, "keep_rows", lambda memory, *_: memory)
+        _, everything, _ = run_in_blocks(model, tokens[:1], 16)
+        monkeypatch.undo()
+        state = model.initial_state(1)
+        for block, block_tokens in enumerate(tokens[:1].split(16, 1), start=1):
+            _, state, metrics = model(block_tokens, state)
+            expected = [
+                naive_held(kind, mechanism, 16 * block, memory.hidden)
+                for mechanism, memory in zip(model.mechanisms, everything["layers"], strict=True)
+            ]
+            assert [metrics[f"memory/held_layer_{layer}"] for layer in range(2)] == expected
+            assert metrics["memory/held"] == sum(expected) / 2
+
+
+def test_what_transformer_xl_holds_is_what_a_query_sees_and_is_less_than_that_where_heads_differ(tokens):
+    sizes = {}
+    with torch.no_grad():
+        for kind in ("trans_xl", "adaptive_span"):
+            model = small_model(kind)
+            _, state, _ = run_in_blocks(model, tokens[:, :128], 64)
+            metrics = model(tokens[:, 128:], state)[2]
+            sizes[kind] = metrics["memory/size"].item(), metrics["memory/held"]
+    assert sizes["trans_xl"] == (40, 40)
+    assert sizes["adaptive_span"][0] < sizes["adaptive_span"][1]
+
+
+@pytest.mark.parametrize("ratio", [0.95, 1.0])
+def test_adaptive_span_neither_sees_nor_holds_more_than_max_span_memories(ratio):
+    mechanism = AdaptiveSpan(num_heads=2, max_span=20, ramp=8.0, alpha=0.1, init_span_ratio=ratio)
+    model = Transformer(TransformerConfig(5, 8, 2, 16), [mechanism])
+    state = model.initial_state(2)
+    for tokens in torch.randint(5, (2, 60)).split(6, 1):
+        _, state, metrics = model(tokens, state)
+    assert metrics["memory/size"] == metrics["memory/held"] == 20
+
+
+def test_a_memory_of_expire_span_with_e_near_max_span_fades_over_a_ramp_beyond_it():
+    mechanism = ExpireSpan(8, max_span=20, ramp=8.0, alpha=0.1, num_positions=6)
+    torch.nn.init.constant_(mechanism.bias, 30.0)  # e_i = L
+    model = Transformer(TransformerConfig(5, 8, 2, 16), [mechanism])
+    state = model.initial_state(2)
+    for tokens in torch.randint(5, (2, 60)).split(6, 1):
+        _, state, metrics = model(tokens, state)
+    assert metrics["memory/size"] == metrics["memory/held"] == 20 + 8 - 1
+
+
 def test_expire_span_keeps_different_numbers_per_sample_and_layer(tokens):
     with torch.no_grad():
         _, state, _ = run_in_blocks(small_model("expire_span"), tokens, 16)

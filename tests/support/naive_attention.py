@@ -44,9 +44,22 @@ def naive_packed_attention(epsilon: float = 0.0):
     """Return a stand-in for `packed_span_attention` that computes each sample by nested loops."""
 
     def attend(
-        query, key, value, offsets, *, age, span, ramp, position, min_distance, dropout=0.0, backend="auto", **unused
+        query,
+        key,
+        value,
+        offsets,
+        *,
+        age,
+        span,
+        ramp,
+        position,
+        reach,
+        min_distance,
+        rows=None,
+        dropout=0.0,
+        backend="auto",
     ):
-        assert all(argument is None for argument in unused.values())  # rows, reach
+        assert rows is None
         assert dropout == 0
         heads, out = key.shape[1], []
         for b, ranges in enumerate(torch.atleast_2d(offsets).unfold(1, 2, 1).unbind(1)):  # (parts, 2)
@@ -60,6 +73,7 @@ def naive_packed_attention(epsilon: float = 0.0):
                 span=span.expand(len(key), heads)[None, rows].transpose(1, 2),  # (1, H, S)
                 ramp=ramp,
                 position=position,
+                reach=None if reach is None else reach[b : b + 1],
                 min_distance=min_distance[None, rows],
                 epsilon=epsilon,
             )

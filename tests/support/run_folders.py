@@ -20,7 +20,10 @@ def run_folder(folder, seed=1, task="copy", model="expire_span", metrics=(), con
         {
             "format": 2, "task": task, "model": model, "metric": "accuracy", "finished": True,
             "commit": "c0ffee", "dirty": False, "config": settings,
-            "metrics": {"test/accuracy": 0.9, "test/memory/size": 16.5, "perf/ms_per_batch": 20.0, **dict(metrics)},
+            "metrics": {
+                "test/accuracy": 0.9, "test/memory/size": 16.5, "test/memory/held": 20.0, "perf/ms_per_batch": 20.0,
+                **dict(metrics),
+            },
             "protocol": {
                 "splits": ["test"], "updates": settings["train"]["updates"], "tokens": 1000 + seed,
                 "batch_size": settings["train"]["batch_size"], "max_span": settings["model"]["max_span"],

@@ -18,6 +18,7 @@ from expire_span.results import load_runs, metric_columns, setting_columns
 
 # None of these changes a metric; tokens follow from the other settings, up to where an episode happens to end.
 IGNORED_SETTINGS = {"run.checkpoint_every", "run.progress_bar", "protocol.tokens"}
+MEMORY = ("memory/size", "memory/held")  # what a query sees, and what a layer holds
 COSTS = (
     "memory/bytes",  # carried state of one stream
     "perf/ms_per_batch",
@@ -103,10 +104,10 @@ def compare(groups: Groups, rows: pd.DataFrame, conditions: dict[str, tuple]) ->
     for text, (metric, compares, value) in conditions.items():
         met = compares(runs[metric], value).groupby(level=0).sum()
         rows[text] = (met.astype(str) + " of " + rows["seeds"]).where(groups[metric].count() > 0, "")
-    for name in ("memory/size", *COSTS):  # as measured in testing, or else in training
+    for name in (*MEMORY, *COSTS):  # as measured in testing, or else in training
         values = runs.reindex(columns=[f"test/{name}", f"valid/{name}", name]).bfill(axis=1).iloc[:, 0]
         if values.notna().any():
-            rows[name] = values.groupby(level=0).apply(format_seeds, spread=name == "memory/size")
+            rows[name] = values.groupby(level=0).apply(format_seeds, spread=name in MEMORY)
     rows["updates"] = groups["protocol.updates"].first().map(format_number)
     return [_table(rows), *(["\n".join(f"{number}. {note}" for note, number in numbers.items())] if numbers else [])]
 
@@ -183,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Compare runs in a Markdown table: one row for each group of runs that differ only in the seed.",
         epilog="example:\n  expire-span-report runs --threshold 'test/accuracy>=0.95' --distance --csv runs.csv\n\n"
         "Metrics are mean ± sample standard deviation over seeds, named as in metrics.jsonl: memory/size is the\n"
-        "mean number of memories that a query sees, memory/bytes the carried state of one stream.\n"
+        "mean number of memories that a query sees, memory/held of those that a layer holds, memory/bytes the carried\n"
+        "state of one stream.\n"
         "In a notebook: from expire_span.results import load_runs",
     )
     add = parser.add_argument
