@@ -22,6 +22,7 @@ from .config.value_sources import value_sources
 from .errors import exit_with_message, root_cause
 from .evaluate import evaluate_run
 from .load_run import load_config
+from .run_folder import checkpoint
 from .run_folder.files import lock, write_texts
 from .train import train
 
@@ -74,7 +75,7 @@ def run_job(config: DictConfig) -> None:
     check_size_of_experiment(hydra_config.runtime.choices, overrides)
     if config.evaluate is not None:
         run_folder = Path(config.evaluate)
-        if (folder / "checkpoint.pt").exists():
+        if checkpoint.paths(folder):
             raise ValueError(f"{folder} holds a run; evaluate into another hydra.run.dir")
         trained_config = load_config(run_folder)
         config = validate(apply_overrides(trained_config.copy(), overrides))

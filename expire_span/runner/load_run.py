@@ -49,9 +49,9 @@ def load_run(folder: Path, config: DictConfig) -> LoadedRun:
     device = setup_runtime(config)
     content = checkpoint.load(folder)
     if content is None:
-        raise FileNotFoundError(f"{folder} has no checkpoint.pt; name the folder of a run that has saved one")
+        raise FileNotFoundError(f"{folder} has no checkpoint; name the folder of a run that has saved one")
     task = build_task(config)
     check_same_vocab(folder, task)
     model = build_model(config, task, device)
-    load_weights(model, content, folder)
+    load_weights(model, content["model"], folder)
     return LoadedRun(config, task, model.eval(), device, content["update"], content["objective"]["blocks"])

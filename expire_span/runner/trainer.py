@@ -2,6 +2,7 @@
 
 import math
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,27 +75,40 @@ class Trainer:
         if content["update"] > self.config.train.updates:
             done = f"{self.folder} has done {content['update']} updates"
             raise ValueError(f"{done}, more than train.updates={self.config.train.updates}")
-        saved_settings = {"seed": content["seed"], "train.batch_size": len(content["layers"][0][3]) - 1}
+        check_same_vocab(self.folder, self.task)
+        load_weights(self.model, content["model"], self.folder)
+        layers = [load_memory(tensors, self.config.transformer.hidden_size) for tensors in content["layers"]]
+        saved_settings = {
+            "seed": content["seed"],
+            "transformer.num_layers": len(layers),
+            "train.batch_size": len(layers[0].offsets) - 1 if layers else 0,
+        }
         for key, value in saved_settings.items():
             if OmegaConf.select(self.config, key) != value:
                 raise ValueError(f"{self.folder} holds a run with {key}={value}; use another hydra.run.dir")
-        check_same_vocab(self.folder, self.task)
-        load_weights(self.model, content, self.folder)
+        try:
+            self.restore(content, layers)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            reason = checkpoint.one_line(error)
+            raise ValueError(f"{self.folder} holds a checkpoint that does not fit this run ({reason})") from None
+        return True
+
+    def restore(self, content: dict[str, Any], layers: Sequence[tuple]) -> None:
+        """Set everything but the weights to what a checkpoint holds."""
         current_settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(content["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, current_settings, strict=True):
             group.update(settings)  # the config's current values, not those saved
         self.objective.load_state_dict(content["objective"])
         self.task.load_state_dict(content["task"])
-        layers = [Memory(*(tensor.to(self.device) for tensor in memory)) for memory in content["layers"]]
-        self.state = {"step": content["step"].to(self.device), "layers": layers}
+        memories = [Memory(*(tensor.to(self.device) for tensor in layer[:4])) for layer in layers]
+        self.state = {"step": content["step"].to(self.device), "layers": memories}
         self.averager.load_values(content["metrics"])
         self.update, self.run_id = content["update"], content["run_id"]
         self.logged_blocks = self.objective.blocks  # timing restarts
         torch.set_rng_state(content["rng"])
         if self.device.type == "cuda" and content["rng_cuda"]:
             torch.cuda.set_rng_state_all(content["rng_cuda"])
-        return True
 
     def check_finite(self) -> None:
         """Raises ValueError, naming the update, if a loss or gradient norm since the last log is not finite."""
@@ -120,10 +134,34 @@ def build_task(config: DictConfig) -> Task | RLTask:
     return task
 
 
-def load_weights(model: torch.nn.Module, content: dict[str, Any], folder: Path) -> None:
-    """Raises ValueError if the checkpoint is of another model."""
+def load_weights(model: torch.nn.Module, weights: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError if the weights are of another model."""
     try:
-        model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).splitlines()[1].split())
+        model.load_state_dict(weights)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        lines = str(error).splitlines()
+        reason = " ".join((lines[1:] or lines)[0].split())
         raise ValueError(f"{folder} holds a checkpoint of another model ({reason})") from None
+
+
+def load_memory(tensors: Any, hidden_size: int) -> Memory:
+    """A layer's memory as it was saved. Raises ValueError for any that the attention could not be given."""
+    try:
+        memory = Memory(*tensors)
+        rows, offsets = len(memory.time), memory.offsets
+        is_valid = (
+            memory.kv is None
+            and memory.hidden.shape == (rows, hidden_size)
+            and memory.hidden.is_floating_point()
+            and memory.time.shape == memory.min_distance.shape == (rows,)
+            and {memory.time.dtype, memory.min_distance.dtype, offsets.dtype} == {torch.int64}
+            and offsets.dim() == 1
+            and offsets[0] == 0
+            and offsets[-1] == rows
+            and bool((offsets.diff() >= 0).all())
+        )
+    except (AttributeError, IndexError, TypeError):
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"the memories of the checkpoint do not fit a model of transformer.hidden_size={hidden_size}")
+    return memory

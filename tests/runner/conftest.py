@@ -1,4 +1,8 @@
-"""A text to train on, and an empty run folder."""
+"""A text to train on, an empty run folder, and a full disk."""
+
+import resource
+import signal
+from contextlib import contextmanager
 
 import pytest
 
@@ -14,3 +18,21 @@ def text(tmp_path):
 def folder(tmp_path):
     (tmp_path / "run").mkdir()
     return tmp_path / "run"
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file can grow beyond a number of bytes: that fails in the same way as a full disk."""
+
+    @contextmanager
+    def limit_file_size(size):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limit_file_size

@@ -1,58 +1,133 @@
-"""Checkpoints: written atomically, the last two kept, made of tensors and plain types only."""
+"""Checkpoints: checkpoint_UPDATE.pt, written atomically and verified on loading; tensors and plain types only.
 
+A file is what torch.save writes, followed by its SHA-256, so that damage at any place is found.
+"""
+
+import hashlib
 import logging
-import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from .files import replace_file
+
 log = logging.getLogger(__name__)
 
-NAMES = ("checkpoint.pt", "checkpoint_previous.pt")
-FORMAT = 2  # 1, without this entry, was written by versions before 0.2, which had other names
+FORMAT = 3  # 1, without this entry, was written by versions before 0.2, which had other names
+DIGEST_SIZE = hashlib.sha256().digest_size
+ENTRY_TYPES = {
+    "format": int,
+    "update": int,
+    "run_id": str,
+    "seed": int,
+    "model": dict,
+    "optimizer": dict,
+    "objective": dict,
+    "task": dict,
+    "step": torch.Tensor,
+    "layers": list,
+    "metrics": dict,
+    "rng": torch.Tensor,
+    "rng_cuda": list,
+}
 
 
-def save(folder: Path, content: dict[str, Any]) -> None:
-    """Replace the checkpoint and keep the one before it. Raises OSError if the disk is full."""
-    current, previous = (folder / name for name in NAMES)
-    part = folder / "checkpoint.pt.part"
-    try:
-        with open(part, "wb") as file:
+def paths(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, the newest first."""
+    numbered = [(re.fullmatch(r"checkpoint_(\d+)\.pt", path.name), path) for path in Path(folder).glob("*.pt")]
+    return [path for _, path in sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True)]
+
+
+def save(folder: Path, content: dict[str, Any], keep: int = 2) -> None:
+    """Write the checkpoint of content["update"], then remove all but the `keep` newest up to this update.
+
+    A file of a later update is removed too: it was damaged, or the run would have gone on from there.
+
+    Raises:
+        OSError: It could not be written, such as on a full disk; those before it stay.
+    """
+    for unfinished in folder.glob("checkpoint_*.pt.part"):  # of a process that was killed
+        unfinished.unlink()
+    new = folder / f"checkpoint_{content['update']}.pt"
+    with replace_file(new) as file:
+        try:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as either
-        part.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise OSError(
-            f"the checkpoint of update {content['update']} could not be written to {folder} ({reason}); the one before "
-            f"it is kept: free some space, then resume with expire-span resume={folder}"
-        ) from None
-    if current.exists():
-        os.replace(current, previous)
-    os.replace(part, current)
+        except RuntimeError as error:  # torch reports a full disk as this or as OSError
+            raise OSError(str(error).splitlines()[0]) from None
+        file.write(sha256(file, file.tell()))
+    older = [path for path in paths(folder) if update_of(path) < content["update"]]
+    for path in set(paths(folder)) - {new, *older[: keep - 1]}:
+        path.unlink()
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """The last readable checkpoint, on the CPU; None if there is none at all.
+    """The newest checkpoint that is not damaged, on the CPU; None if there is none at all.
 
-    Raises ValueError if there are checkpoints and none of them can be read, or if an older version wrote them.
+    Raises:
+        OSError: A checkpoint cannot be opened, which says nothing about its content.
+        ValueError: All of them are damaged, or the newest one that is not is of no use to this version.
     """
-    paths = [folder / name for name in NAMES if (folder / name).exists()]
-    for path in paths:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged files raise errors of many kinds
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.warning(f"{path} cannot be read ({reason[:100]})")
-            continue
-        if content.get("format") != FORMAT:
-            raise ValueError(written_by_older_version(folder))
-        return content
-    if paths:
-        raise ValueError(f"no checkpoint in {folder} can be read; remove {' and '.join(map(str, paths))} to start over")
+    candidates = paths(folder)
+    if not candidates and (folder / "checkpoint.pt").exists():
+        raise ValueError(written_by_older_version(folder))
+    for path in candidates:
+        if is_intact(path):
+            return read(path)
+        log.warning(f"{path} is damaged, and the checkpoint before it is used")
+    if candidates:
+        names = " and ".join(str(path) for path in candidates)
+        raise ValueError(f"no checkpoint in {folder} is intact; remove {names} to start over")
     return None
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the file is as it was written. Raises OSError if it cannot be opened."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2) - DIGEST_SIZE
+            return size > 0 and sha256(file, size) == file.read()
+    except OSError as error:
+        raise OSError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of an intact checkpoint. Raises ValueError unless it is one of this version, with every entry."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever else was given this name and a digest raises errors of many kinds
+        raise ValueError(f"{path} is not a checkpoint of this version ({one_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dict")
+    if content.get("format") != FORMAT:
+        found = content.get("format")
+        raise ValueError(f"{path} has format {found}, but this version of expire-span reads format {FORMAT}")
+    for name, kind in ENTRY_TYPES.items():
+        if not isinstance(content.get(name), kind):
+            found = type(content[name]).__name__ if name in content else "missing"
+            raise ValueError(f"{path} is not a checkpoint: its {name} is {found}, not of type {kind.__name__}")
+    return content
+
+
+def update_of(path: Path) -> int:
+    """The update of a checkpoint, by its name."""
+    return int(path.stem.removeprefix("checkpoint_"))
+
+
+def sha256(file: BinaryIO, size: int) -> bytes:
+    """The SHA-256 of the first bytes of a file, which is left at their end."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while chunk := file.read(min(size, 2**20)):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.digest()
+
+
+def one_line(error: Exception) -> str:
+    """An error's type and the start of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 
 def written_by_older_version(folder: Path) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -109,15 +109,36 @@ def truncate_metrics(path: Path, update: int, last_update: int) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, a crash or a full disk leaves the old content or the new one, never a mixture."""
+    with replace_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new, empty file, which takes the place of `path` once it is complete and on the disk."""
     part = path.with_name(path.name + ".part")
     try:
-        with explain_write_error(path), open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with explain_write_error(path):
+            part.unlink(missing_ok=True)  # with "x" below: a link of this name is not followed
+            with open(part, "x+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            sync_folder(path.parent)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names of a folder's files outlive a loss of power, where its file system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -126,8 +147,9 @@ def explain_write_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = error.strerror or error
         raise OSError(
-            f"{path} could not be written ({error.strerror}); the last checkpoint is kept: free some space, then "
+            f"{path} could not be written ({reason}); the last checkpoint is kept: free some space, then "
             f"resume with expire-span resume={Path(path).parent}"
         ) from None
 
