@@ -25,14 +25,13 @@ from tqdm import tqdm
 
 from .base import SPLITS, Task
 from .data_cache import HubError, cache_dir, cached_file, check_file, fetch, file_lock, read_hub, write
-from .text import code_points
+from .text import NUM_CODE_POINTS, code_points, utf8_bytes
 from .token_stream import TokenStream
 
 HUB_DATASET = "emozilla/pg19"
 URL = "https://storage.googleapis.com/deepmind-gutenberg"
 INDEX = files("expire_span.tasks") / "pg19_books.csv.xz"  # split, id, bytes, first 8 hexadecimal digits of the sha256
 NUM_DOWNLOADS = 8  # at a time
-NUM_CODE_POINTS = 0x110000
 
 
 class Book(NamedTuple):
@@ -134,8 +133,7 @@ class PG19(Task):
             if split == "train":
                 known = counts > 0
                 content["vocab"] = "".join(map(chr, np.flatnonzero(known)))
-            size = sum(counts[limit:].sum() for limit in (0, 0x80, 0x800, 0x10000))  # UTF-8 takes a byte more from each
-            totals = {"bytes": size, "characters": counts.sum(), "unknown": counts[~known].sum()}
+            totals = {"bytes": utf8_bytes(counts), "characters": counts.sum(), "unknown": counts[~known].sum()}
             content[split] = {name: int(total) for name, total in totals.items()}
             content["lengths"][split] = lengths
         yield json.dumps(content).encode()
@@ -170,7 +168,11 @@ class PG19(Task):
             with tqdm(desc=f"PG-19, {split}", total=size, unit="B", unit_scale=True, disable=None) as bar:
                 for book, path in zip(books, pool.map(self.provide_book, books), strict=True):
                     content = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-                    yield code_points(path, content, advice="delete it and run again")
+                    try:
+                        yield code_points(content)
+                    except UnicodeDecodeError as error:
+                        place = f"byte {error.start:,} of {path}"
+                        raise ValueError(f"{place} is not UTF-8; delete it and run again") from None
                     bar.update(book.size)
         finally:
             pool.shutdown(cancel_futures=True)

@@ -130,7 +130,10 @@ def test_hidden_files_are_left_out(tmp_path, file):
     (folder / ".git" / "index").write_bytes(b"\xff\xfe")
     (folder / ".DS_Store").write_bytes(b"\xff\xfe")
     (folder / "a.txt").write_text(WORDS, encoding="utf-8")
-    assert Text(folder).data_info == Text(file).data_info
+    hidden, plain = Text(folder).data_info, Text(file).data_info
+    assert hidden["files"].pop("skipped") == ".DS_Store (hidden), .git (hidden)"
+    assert plain["files"].pop("skipped") == ""
+    assert hidden == plain
 
 
 def test_a_text_without_a_train_split_is_refused(tmp_path):
