@@ -84,8 +84,10 @@ def config_page() -> str:
     rows = []
     for path in sorted((CONF / "recipe").glob("*/*.yaml")):
         option = path.read_text()
-        values = ", ".join(f"`{key}={value}`" for key, value, _ in keys(option))
-        rows.append((f"`{path.parent.name}/{path.stem}`", f"{escape(' '.join(leading_comment(option)))} {values}"))
+        values = ", ".join(f"`{key}={value}`" for key, value, _ in keys(option) if not key.startswith("simplified."))
+        simplified = "; ".join(yaml.safe_load(option).get("simplified", {}).values())
+        about = [*leading_comment(option), *([f"Simplified: {simplified}."] if simplified else [])]
+        rows.append((f"`{path.parent.name}/{path.stem}`", f"{escape(' '.join(about))} {values}"))
     page += [*table(rows, ("recipe", "what it is, and its values")), ""]
     return "\n".join(page)
 
@@ -97,13 +99,11 @@ def experiment(path: Path) -> tuple[str, ...]:
     preset = yaml.safe_load(text)
     figures = ", ".join(f"`{metric}` {value}" for metric, value in preset.get("paper", {}).items())
     defaults = preset.get("defaults", [])
-    overrides = {key.removeprefix("override /"): value for item in defaults if isinstance(item, dict)
-                 for key, value in item.items()}  # fmt: skip
-    parents = [f"as `{item}`" for item in defaults if isinstance(item, str)]
+    overrides = {key.removeprefix("override /"): value for item in defaults for key, value in item.items()}
     what = ", ".join(f"`{overrides[group]}`" for group in ("task", "model") if group in overrides)
     values = [f"`{key}={value}` {comment}".strip() for key, value, comment in keys(text)
               if not key.startswith("paper.")]  # fmt: skip
-    cells = [what, *parents, *values, *(notes if figures else [])]
+    cells = [what, *values, *(notes if figures else [])]
     return f"`{path.stem}`", escape("; ".join(cell for cell in cells if cell)), figures or escape(notes[0])
 
 

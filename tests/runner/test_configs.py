@@ -54,7 +54,7 @@ def test_every_experiment_trains_when_shrunk(experiment, tmp_path, text):
     config = validate(compose_config(f"experiment={experiment}"))
     task = config.task["_target_"].split(".")[-2]
     task = task if task in SMALL_TASKS else "text"  # in place of tasks that download
-    smaller = ["model.max_span=32", "model.compressed_size=4"] if "compressed_size" in config.model else []
+    smaller = ["model.max_span=32", *(["model.compressed_size=4"] if "compressed_size" in config.model else [])]
     overrides = [f"experiment={experiment}", "train.updates=2", *smaller]
     assert_trains(tiny_config(*overrides, task=task, text=text), tmp_path / "run")
 

@@ -198,11 +198,11 @@ def test_a_setting_with_values_of_several_types_gets_a_column(tmp_path):
 
 
 def test_simplifications_and_mixed_commits_are_footnotes(tmp_path):
-    run_folder(tmp_path / "a", seed=1, simplifications=["one layer"])
-    run_folder(tmp_path / "b", seed=2, simplifications=["one layer"], commit="decaf")
+    run_folder(tmp_path / "a", seed=1, simplifications=["one layer", "4 x 4 cells"])
+    run_folder(tmp_path / "b", seed=2, simplifications=["one layer", "4 x 4 cells"], commit="decaf")
     text = report(tmp_path)
     assert rows(text)[0]["model"] == "expire_span [1] [2]"
-    assert "1. one layer\n2. seeds of different commits: c0ffee, decaf" in text
+    assert "1. simplified: one layer; 4 x 4 cells\n2. seeds of different commits: c0ffee, decaf" in text
 
 
 def test_accuracy_by_distance_has_its_bins_in_order(tmp_path):

@@ -168,7 +168,8 @@ def _results(runs: pd.DataFrame) -> list[str]:
 def _notes(group: pd.DataFrame) -> list[str]:
     commits = sorted({str(commit)[:10] for commit in group["commit"]})
     mixed = [f"seeds of different commits: {', '.join(commits)}"] if len(commits) > 1 else []
-    return [*group["simplifications"].iloc[0], *mixed]
+    simplified = "; ".join(group["simplifications"].iloc[0])
+    return [*([f"simplified: {simplified}"] if simplified else []), *mixed]
 
 
 def _table(rows: pd.DataFrame) -> str:

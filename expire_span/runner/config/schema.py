@@ -22,6 +22,7 @@ class TopLevel:
     seed: int
     evaluate: str | None
     paper: dict[str, float]
+    simplified: dict[str, str]
 
 
 @dataclass
