@@ -50,13 +50,14 @@ def wait(processes: list[subprocess.Popen], folder: Path, printed: set[str]) -> 
 
 
 def markdown_table(metrics_by_name: dict[str, Metrics]) -> str:
-    rows = ["| model | test accuracy | memory size | memory per stream | ms per batch | peak resident memory |"]
-    rows.append("| --- | --- | --- | --- | --- | --- |")
+    columns = ["model", "test accuracy", "memories held", "memory per stream"]
+    columns += ["ms per training step", "ms per memory-only block", "peak resident memory"]
+    rows = ["| " + " | ".join(columns) + " |", "| " + " | ".join(["---"] * len(columns)) + " |"]
     for name, metrics in metrics_by_name.items():
-        accuracy, size, state_bytes = (metrics[f"test/{key}"] for key in ("accuracy", "memory/size", "memory/bytes"))
-        milliseconds, peak = metrics["perf/ms_per_batch"], metrics["perf/peak_resident_gb"]
-        cells = [name, f"{accuracy:.1%}", f"{size:.1f}", f"{state_bytes / 1000:.1f} kB"]
-        rows.append("| " + " | ".join([*cells, f"{milliseconds:.0f}", f"{peak:.2f} GB"]) + " |")
+        accuracy, held, state_bytes = (metrics[f"test/{key}"] for key in ("accuracy", "memory/held", "memory/bytes"))
+        cells = [name, f"{accuracy:.1%}", f"{held:.1f}", f"{state_bytes / 1000:.1f} kB"]
+        cells += [f"{metrics[f'perf/ms_per_{phase}']:.0f}" for phase in ("batch", "memory_block")]
+        rows.append("| " + " | ".join([*cells, f"{metrics['perf/peak_resident_gb']:.2f} GB"]) + " |")
     return "\n".join(rows) + "\n"
 
 
@@ -71,7 +72,7 @@ def plot(folder: Path, metrics_by_name: dict[str, Metrics]) -> None:
     for name, metrics in metrics_by_name.items():
         bins = {key: value for key, value in metrics.items() if key.startswith("test/accuracy_distance_")}
         distances = [int(key.split("_")[-1]) for key in bins]
-        label = f"{name}: {metrics['test/memory/size']:.0f} memories"
+        label = f"{name}: {metrics['test/memory/held']:.0f} memories"
         left.plot(distances, [100 * value for value in bins.values()], "o-", label=label, **LINE_STYLES[name])
     left.axhline(25, color="gray", linestyle=":", linewidth=1)
     left.text(13, 27, "guessing", color="gray", fontsize=8)
@@ -122,8 +123,8 @@ def main() -> None:
     expire_span = start_run(folder / "expire_span", "model=expire_span", *common)
     all_memory = start_run(folder / "trans_xl_all", "model=trans_xl", *common)
     wait([expire_span], folder, printed)
-    memory_size = math.ceil(read_summary(folder / "expire_span")["metrics"]["test/memory/size"])
-    same_memory = start_run(folder / "trans_xl_same", "model=trans_xl", f"model.max_span={memory_size}", *common)
+    held = math.ceil(read_summary(folder / "expire_span")["metrics"]["test/memory/held"])
+    same_memory = start_run(folder / "trans_xl_same", "model=trans_xl", f"model.max_span={held}", *common)
     wait([all_memory, same_memory], folder, printed)
 
     folders = [folder / name for name in ("expire_span", "trans_xl_same", "trans_xl_all")]

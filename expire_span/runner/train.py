@@ -87,7 +87,7 @@ def train(
 def train_step(trainer: Trainer) -> None:
     """One update of the weights, from `train.grad_accumulation` blocks."""
     config, model, optimizer = trainer.config, trainer.model, trainer.optimizer
-    trainer.timer.start()
+    start = trainer.timer.now()
     model.train()
     set_lr(optimizer, lr_multiplier(trainer.update, config.train.updates, config.lr_schedule))
     span_loss_scale = alpha_multiplier(trainer.update, config.alpha_schedule)
@@ -100,19 +100,14 @@ def train_step(trainer: Trainer) -> None:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     trainer.update += 1
-    trainer.timer.stop()
+    trainer.timer.add("update", start)
 
 
 def interval_metrics(trainer: Trainer) -> Metrics:
     """The metrics since the last log. Raises ValueError if a loss or gradient norm is not finite."""
     trainer.check_finite()
-    config, objective = trainer.config, trainer.objective
-    blocks, trainer.logged_blocks = objective.blocks - trainer.logged_blocks, objective.blocks
-    metrics = objective.summarize(trainer.averager.pop_means())
-    if blocks:  # otherwise these updates learned from an older rollout, whose time is not complete yet
-        milliseconds = trainer.timer.pop_milliseconds() / blocks
-        metrics["perf/ms_per_batch"] = milliseconds
-        metrics["perf/tokens_per_second"] = 1000 * config.train.batch_size * config.train.block_size / milliseconds
+    metrics = trainer.objective.summarize(trainer.averager.pop_means())
+    metrics |= trainer.objective.time_metrics(*trainer.timer.pop())
     return metrics | peak_memory(trainer.device)
 
 
@@ -128,14 +123,11 @@ def training_costs(folder: Path) -> Metrics:
     compiled any more; memory is the largest peak.
     """
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row]
-    timed_rows = [row for row in rows if "perf/ms_per_batch" in row]
-    second_half = timed_rows[len(timed_rows) // 2 :]
     metrics = {}
-    if second_half:
-        for name in ("perf/ms_per_batch", "perf/tokens_per_second"):
-            metrics[name] = statistics.median(row[name] for row in second_half)
-    for name in sorted({name for row in rows for name in row if name.startswith("perf/peak_")}):
-        metrics[name] = max(row[name] for row in rows if name in row)
+    for name in sorted({name for row in rows for name in row if name.startswith("perf/")}):
+        values = [row[name] for row in rows if name in row]
+        is_peak = name.startswith("perf/peak_")
+        metrics[name] = max(values) if is_peak else statistics.median(values[len(values) // 2 :])
     return metrics
 
 

@@ -36,10 +36,9 @@ class Trainer:
         self.forward: Any = torch.compile(self.model, dynamic=True) if config.run.compile else self.model
         self.optimizer = build_optimizer(config, self.model)
         self.averager, self.timer = MetricAverager(), StepTimer(self.device)
-        self.objective = objective_class(self.task)(self.task, config, self.device, self.averager)
+        self.objective = objective_class(self.task)(self.task, config, self.device, self.averager, self.timer)
         self.state = self.model.initial_state(config.train.batch_size)
         self.update = 0  # updates done
-        self.logged_blocks = 0  # objective.blocks at the last log
         self.run_id = uuid.uuid4().hex[:8]  # of the W&B run
 
     def save_checkpoint(self) -> None:
@@ -105,7 +104,6 @@ class Trainer:
         self.state = {"step": content["step"].to(self.device), "layers": memories}
         self.averager.load_values(content["metrics"])
         self.update, self.run_id = content["update"], content["run_id"]
-        self.logged_blocks = self.objective.blocks  # timing restarts
         torch.set_rng_state(content["rng"])
         if self.device.type == "cuda" and content["rng_cuda"]:
             torch.cuda.set_rng_state_all(content["rng_cuda"])

@@ -139,16 +139,6 @@ def test_a_stopped_run_resumes_to_the_same_losses_bit_for_bit(model, task, tmp_p
         assert torch.equal(weight, resumed[name]), name
 
 
-def test_the_first_time_per_batch_after_resuming_counts_only_the_batches_since(folder, monkeypatch):
-    train(tiny_config(), folder)
-    trainer = Trainer(tiny_config("train.updates=9999"), folder)
-    assert trainer.load_checkpoint()
-    blocks_before = trainer.objective.blocks
-    monkeypatch.setattr(trainer.timer, "pop_milliseconds", lambda: 100.0)
-    train_step(trainer)
-    assert interval_metrics(trainer)["perf/ms_per_batch"] == 100.0 / (trainer.objective.blocks - blocks_before)
-
-
 def test_a_finished_run_that_is_started_again_keeps_the_peak_memory_of_its_training(folder):
     train(tiny_config(), folder)
     path = folder / "metrics.jsonl"

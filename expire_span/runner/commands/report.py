@@ -22,6 +22,8 @@ MEMORY = ("memory/size", "memory/held")  # what a query sees, and what a layer h
 COSTS = (
     "memory/bytes",  # carried state of one stream
     "perf/ms_per_batch",
+    "perf/ms_per_memory_block",
+    "perf/ms_per_rollout",
     "perf/tokens_per_second",
     "perf/peak_memory_gb",  # CUDA: allocated
     "perf/peak_resident_gb",  # CPU: the whole process

@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from .metrics import Metrics
 
 
 class StepTimer:
-    """Measures steps in milliseconds; on CUDA by device events, because the CPU only queues work there."""
+    """Measures the phases of training; on CUDA by device events, because the CPU only queues work there.
+
+    A phase may lie within another one, such as a rollout within an update.
+    """
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.steps: list[tuple[Any, Any]] = []  # start and end
-        self.step_start: Any = None
+        self.intervals: dict[str, list[tuple[Any, Any]]] = defaultdict(list)  # starts and ends of each phase
 
     def now(self) -> Any:
         """A point in time: an event on CUDA, else seconds."""
@@ -28,20 +31,22 @@ class StepTimer:
         event.record()
         return event
 
-    def start(self) -> None:
-        """Begin to time a step."""
-        self.step_start = self.now()
+    def add(self, phase: str, start: Any) -> None:
+        """Add one interval of a phase: from `start`, a result of `now`, until now."""
+        self.intervals[phase].append((start, self.now()))
 
-    def stop(self) -> None:
-        """End the step that `start` began."""
-        self.steps.append((self.step_start, self.now()))
-
-    def pop_milliseconds(self) -> float:
-        """Total time of the steps since the last call."""
+    def pop(self) -> tuple[Counter[str], Counter[str]]:
+        """How many intervals each phase has had since the last call, and its total time in milliseconds."""
         if self.cuda:
             torch.cuda.synchronize()
-        steps, self.steps = self.steps, []
-        return sum(start.elapsed_time(end) if self.cuda else 1000 * (end - start) for start, end in steps)
+        counts, milliseconds = Counter[str](), Counter[str]()
+        for phase, intervals in self.intervals.items():
+            counts[phase] = len(intervals)
+            milliseconds[phase] = sum(
+                start.elapsed_time(end) if self.cuda else 1000 * (end - start) for start, end in intervals
+            )
+        self.intervals.clear()
+        return counts, milliseconds
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -1,10 +1,14 @@
 """What a training step minimizes. An objective is a class with these members, chosen by the kind of task:
 
-__init__(task, config, device, averager)    reads the training data; refuses what cannot work, by ValueError
+__init__(task, config, device, averager, timer)
+                                            reads the training data; refuses what cannot work, by ValueError
 loss(model, state, span_loss_scale, progress) -> loss, state
                                             processes one block (or learns once more from a rollout) and adds its
                                             metrics to the averager; progress goes from 0 to 1 over the training
 summarize(means) -> metrics                 the metrics of a logging interval; also advances the task's curriculum
+time_metrics(counts, milliseconds) -> metrics
+                                            perf/ms_per_... and perf/tokens_per_second, from what the timer measured;
+                                            beside its own phases there is "update", a whole training step
 evaluate(model, task, split, config, device) -> metrics             a static method
 blocks                                      number of blocks processed so far
 state_dict(), load_state_dict(state)

@@ -11,6 +11,7 @@ The model's outputs are the action logits and, last, the value. Memories of earl
 """
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ...transformer import State
 from ..build import autocast
 from ..logging.answer_metrics import AccuracyByDistance
 from ..logging.metrics import MetricAverager, Metrics
+from ..logging.performance import StepTimer
 
 Rollout = dict[str, Tensor]  # (B, T) each; observation (B, T, vocab_size); next_value (B,)
 
@@ -34,7 +36,9 @@ class ActorCritic:
     Raises ValueError where evaluation would never end, or where one update would use a rollout more than once.
     """
 
-    def __init__(self, task: RLTask, config: DictConfig, device: torch.device, averager: MetricAverager):
+    def __init__(
+        self, task: RLTask, config: DictConfig, device: torch.device, averager: MetricAverager, timer: StepTimer
+    ):
         if config.eval.max_blocks is None:
             raise ValueError("eval.max_blocks must be a number, since environments never end; got null")
         if config.train.grad_accumulation > 1 and config.actor_critic.update_epochs > 1:
@@ -42,7 +46,7 @@ class ActorCritic:
                 f"train.grad_accumulation={config.train.grad_accumulation} does not go together with "
                 f"actor_critic.update_epochs={config.actor_critic.update_epochs}; use a larger train.batch_size instead"
             )
-        self.task, self.config, self.device, self.averager = task, config, device, averager
+        self.task, self.config, self.device, self.averager, self.timer = task, config, device, averager, timer
         self.envs = task.make_envs(config.train.batch_size, device, split="train")
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.rollout: Rollout = {}
@@ -53,9 +57,11 @@ class ActorCritic:
         """The loss on the current rollout, after collecting it if need be; the state advances after its last epoch."""
         settings = self.config.actor_critic
         if not self.rollout:
+            start = self.timer.now()
             with autocast(self.config, self.device):
                 num_steps = self.config.train.block_size
                 self.rollout, _, episodes = collect_rollout(model, state, self.envs, self.generator, num_steps)
+            self.timer.add("rollout", start)
             self.blocks += 1
             self.averager.add({name: value for name, value in episodes.items() if name.startswith("rl/")})
         rollout = self.rollout
@@ -101,6 +107,23 @@ class ActorCritic:
             metrics["train/curriculum_stage"] = self.task.curriculum_stage
         self.task.update_curriculum(metrics.get(f"rl/{self.task.progress_metric}", math.nan))
         return metrics
+
+    def time_metrics(self, counts: Counter[str], milliseconds: Counter[str]) -> Metrics:
+        """The time of a block of experience: of its rollout, and of that together with all epochs of learning from it.
+
+        Nothing if there was no rollout: these updates learned from an older one.
+        """
+        train, rollouts = self.config.train, counts["rollout"]
+        if not rollouts:
+            return {}
+        rollout = milliseconds["rollout"] / rollouts
+        learning = (milliseconds["update"] - milliseconds["rollout"]) / (counts["update"] * train.grad_accumulation)
+        total = rollout + self.config.actor_critic.update_epochs * learning
+        return {
+            "perf/ms_per_batch": total,
+            "perf/ms_per_rollout": rollout,
+            "perf/tokens_per_second": 1000 * train.batch_size * train.block_size / total,
+        }
 
     @staticmethod
     @torch.no_grad()

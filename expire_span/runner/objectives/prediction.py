@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ...transformer import State
 from ..build import autocast
 from ..logging.answer_metrics import ACCURACY_METRICS, AnswerMetrics, loss_to_metric, score_predictions
 from ..logging.metrics import MetricAverager, Metrics
+from ..logging.performance import StepTimer
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +26,10 @@ class Prediction:
     Raises ValueError at once for what evaluation would otherwise find only after the training.
     """
 
-    def __init__(self, task: Task, config: DictConfig, device: torch.device, averager: MetricAverager):
-        self.task, self.config, self.device, self.averager = task, config, device, averager
+    def __init__(
+        self, task: Task, config: DictConfig, device: torch.device, averager: MetricAverager, timer: StepTimer
+    ):
+        self.task, self.config, self.device, self.averager, self.timer = task, config, device, averager, timer
         for split in {*config.eval.splits, *(["valid"] if config.eval.interval else [])}:
             task.stream(split, config.eval.batch_size, config.eval.block_size)
         self.stream = task.stream("train", config.train.batch_size, config.train.block_size)
@@ -51,6 +55,7 @@ class Prediction:
         Such blocks have no span loss either: it would shorten spans that no task loss could lengthen.
         """
         while True:
+            start = self.timer.now()
             batch = next(self.stream)
             self.blocks += 1
             num_targets = count_targets(batch)
@@ -61,6 +66,7 @@ class Prediction:
                 _, state, metrics = model(batch.tokens, state, batch.reach)
             del metrics["span_loss"]
             self.averager.add(metrics)
+            self.timer.add("memory_block", start)
 
     def summarize(self, means: Metrics) -> Metrics:
         """The means of a logging interval, with the task's own metric; advances the task's curriculum."""
@@ -70,6 +76,19 @@ class Prediction:
         if task.curriculum_stage is not None:
             metrics["train/curriculum_stage"] = task.curriculum_stage
             task.update_curriculum(accuracy)
+        return metrics
+
+    def time_metrics(self, counts: Counter[str], milliseconds: Counter[str]) -> Metrics:
+        """The time of a training step per block, and apart from it that of a block that only fills the memory."""
+        train = self.config.train
+        training_blocks, memory_blocks = counts["update"] * train.grad_accumulation, counts["memory_block"]
+        timesteps = (training_blocks + memory_blocks) * train.batch_size * train.block_size
+        metrics = {
+            "perf/ms_per_batch": (milliseconds["update"] - milliseconds["memory_block"]) / training_blocks,
+            "perf/tokens_per_second": 1000 * timesteps / milliseconds["update"],
+        }
+        if memory_blocks:
+            metrics["perf/ms_per_memory_block"] = milliseconds["memory_block"] / memory_blocks
         return metrics
 
     @staticmethod
