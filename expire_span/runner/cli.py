@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from .config.former_names import check_current_names
 from .config.schema import validate
 from .config.value_sources import value_sources
-from .errors import exit_with_message, root_cause
+from .errors import USER_ERRORS, exit_with_message, one_line, root_cause
 from .evaluate import evaluate_run
 from .load_run import load_config
 from .run_folder import checkpoint
@@ -35,6 +35,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors itself and exits
     try:
         sys.path.append(os.getcwd())  # a task or mechanism of the user's own may lie in the current folder
+        sys.path.append(str(Path(__file__).parents[1] / "plugins"))  # the launchers of sweeps, which Hydra looks for
         Plugins.instance().register(InstalledConfigs)
         check_current_names(sys.argv[1:])
         sys.argv[1:] = evaluate_arguments(resume_arguments(sys.argv[1:]))
@@ -56,14 +57,17 @@ class InstalledConfigs(SearchPathPlugin):
 
 @hydra.main(config_path="pkg://expire_span.conf", config_name="config", version_base="1.3")
 def hydra_main(config: DictConfig) -> None:
-    """One job. In a sweep a failing job raises and the others continue; alone it ends the process with one line."""
+    """One run, alone or as a job of a sweep, whose error then names the job."""
     try:
         run_job(config)
     except Exception as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            log.error(f"job {HydraConfig.get().job.num} failed: {root_cause(error)}")
+        job = HydraConfig.get().job
+        if OmegaConf.is_missing(job, "num"):
+            exit_with_message(error)
+        log.error(f"job {job.num} failed: {one_line(root_cause(error))}")
+        if not isinstance(root_cause(error), USER_ERRORS) or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
-        exit_with_message(error)
+        sys.exit(1)
 
 
 def run_job(config: DictConfig) -> None:

@@ -18,6 +18,11 @@ def root_cause(error: Exception) -> Exception:
     return error
 
 
+def one_line(error: Exception) -> str:
+    """The error's message, without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def exit_with_message(error: Exception) -> NoReturn:
     """Print user errors as one line and exit with code 1; let unexpected exceptions show their traceback."""
     error = root_cause(error)
@@ -25,7 +30,7 @@ def exit_with_message(error: Exception) -> NoReturn:
         raise error
     if isinstance(error, BrokenPipeError):  # the reader, such as head, has closed the pipe
         os._exit(1)
-    message = " ".join(str(error).split())
+    message = one_line(error)
     if message.startswith("Could not override"):
         message = message.split(". ")[0] + ": there is no such key; `expire-span --cfg job` prints those there are"
         message += ", ++key=value sets one of another task or optimizer, as in a sweep"

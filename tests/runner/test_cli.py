@@ -6,11 +6,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from tiny_config import COPY, SMALL_SIZES
+from wait import wait_for_lines
 
 from expire_span.results import load_runs
 from expire_span.runner import cli
@@ -27,13 +27,6 @@ def run_command(*overrides, folder, cwd=None):
 
 def losses(folder):
     return {row["update"]: row["train/loss"] for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row}
-
-
-def wait_for_lines(path: Path, lines: int) -> None:
-    deadline = time.time() + 60
-    while not path.exists() or len(path.read_text().splitlines()) < lines:
-        assert time.time() < deadline, f"{path} has not {lines} lines after a minute"
-        time.sleep(0.05)
 
 
 # Evaluate

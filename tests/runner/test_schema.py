@@ -52,7 +52,7 @@ def test_a_wrong_setting_is_named_in_one_line(override, message):
         ("schedule.alpha_start=5", "schedule.alpha_start is called alpha_schedule.start_update"),
         ("evaluation.every=10", "evaluation.every is called eval.interval"),
         ("splits=[test]", "splits is called eval.splits"),
-        ("hydra/launcher=side_by_side", "is written hydra/launcher=joblib since version 0.2"),
+        ("hydra/launcher=side_by_side", "is written hydra/launcher=processes since version 0.2"),
     ],
 )
 def test_a_former_name_on_the_command_line_is_refused_with_the_present_one(override, message):

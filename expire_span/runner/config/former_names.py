@@ -84,7 +84,8 @@ FORMER_KEYS = {
     "task.test": "task.test_fraction",
 }
 FORMER_VALUES = {
-    "hydra/launcher=side_by_side": "hydra/launcher=joblib",
+    "hydra/launcher=side_by_side": "hydra/launcher=processes",
+    "hydra/launcher=joblib": "hydra/launcher=processes",
     "transformer.attention_backend=definition": "transformer.attention_backend=reference",
     "task.tokenizer=bytes": "task.tokenizer=byte",
     "task.tokenizer=characters": "task.tokenizer=char",
