@@ -24,6 +24,7 @@ from torch import Tensor
 
 SPLITS = ("train", "valid", "test")
 METRICS = ("bpb", "bpc", "ppl", "accuracy", "error")  # bits per byte or character, perplexity; shares from 0 to 1
+LOWER_IS_BETTER = ("bpb", "bpc", "ppl", "error")  # of all other metrics, also an RLTask's, more is better
 SCORINGS = ("token", "sequence", "line")
 IGNORE_INDEX = -100  # a target that is not scored, as in torch.nn.functional.cross_entropy
 

@@ -63,12 +63,15 @@ def train(
     with metric_logger(trainer) as log_metrics:
         with stop_signal() as stop_requested:
             while trainer.update < config.train.updates:
-                train_step(trainer)
+                try_step(trainer)
                 is_last = trainer.update == config.train.updates
                 if is_last or trainer.update % config.run.log_every == 0:
                     log_metrics(interval_metrics(trainer))
                 if trainer.update % (config.eval.interval or math.inf) == 0:
-                    log_metrics(evaluate(trainer, "valid"))
+                    trainer.check_finite()
+                    metrics = evaluate(trainer, "valid")
+                    log_metrics(metrics)
+                    trainer.save_if_best(metrics)
                 stop = stop_requested.is_set()  # read once: a signal that comes later stops after the next update
                 if is_last or stop or trainer.update % config.run.checkpoint_every == 0:
                     trainer.save_checkpoint()
@@ -82,6 +85,15 @@ def train(
     summary = run_summary(config, task, model, trainer.device, trainer.update, objective.blocks, metrics)
     write_summary(folder, summary | origin)
     return metrics
+
+
+def try_step(trainer: Trainer) -> None:
+    """`train_step`. If it fails because an earlier update has diverged, as sampling actions does, that is raised."""
+    try:
+        train_step(trainer)
+    except RuntimeError:
+        trainer.check_finite()
+        raise
 
 
 def train_step(trainer: Trainer) -> None:

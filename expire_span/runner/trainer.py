@@ -1,25 +1,29 @@
 """The state of a training run: everything that the next update depends on, and how to save and load it."""
 
+import logging
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from expire_span.tasks.base import RLTask, Task
+from expire_span.tasks.base import LOWER_IS_BETTER, RLTask, Task
 
 from ..memory import Memory
 from .build import build_model, build_optimizer, setup_runtime
 from .logging.answer_metrics import check_metrics
-from .logging.metrics import MetricAverager
+from .logging.metrics import MetricAverager, Metrics
 from .logging.performance import StepTimer
 from .objectives import objective_class
-from .run_folder import checkpoint
+from .run_folder import checkpoint, weights
 from .run_folder.files import check_same_vocab
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -30,6 +34,10 @@ class Trainer:
 
     def __init__(self, config: DictConfig, folder: Path):
         self.config, self.folder = config, folder
+        if config.eval.weights != "last":
+            raise ValueError(
+                f"eval.weights={config.eval.weights} is for evaluate=RUN; training evaluates the last weights"
+            )
         self.device = setup_runtime(config)
         self.task = build_task(config)
         self.model = build_model(config, self.task, self.device)
@@ -42,8 +50,9 @@ class Trainer:
         self.run_id = uuid.uuid4().hex[:8]  # of the W&B run
 
     def save_checkpoint(self) -> None:
-        """Raises ValueError, and keeps the last good checkpoint, if a loss or gradient norm was not finite."""
+        """Save everything, and the weights once more as safetensors, after `check_finite`."""
         self.check_finite()
+        weights.save(self.folder / weights.FILES["last"], self.current_weights())
         content = {
             "format": checkpoint.FORMAT,
             "update": self.update,
@@ -59,7 +68,24 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
-        checkpoint.save(self.folder, content)
+        checkpoint.save(self.folder, content, self.config.run.keep_checkpoints)
+
+    def current_weights(self, value: float | None = None) -> weights.Weights:
+        return weights.Weights(self.model.state_dict(), self.update, self.objective.blocks, value)
+
+    def save_if_best(self, metrics: Metrics) -> None:
+        """Keep these weights if the task's metric on the validation split is better than ever before in this folder."""
+        path, metric = self.folder / weights.FILES["best"], self.task.metric
+        value = metrics.get(f"valid/{metric}", metrics.get(f"valid/rl/{metric}", math.nan))
+        try:
+            best = weights.load(path)
+        except ValueError as error:
+            log.warning(f"{error}, and is replaced")
+            best = None
+        best_value = math.nan if best is None or best.value is None else best.value
+        is_better = value < best_value if metric in LOWER_IS_BETTER else value > best_value
+        if not math.isnan(value) and (math.isnan(best_value) or is_better):
+            weights.save(path, self.current_weights(value))
 
     def load_checkpoint(self) -> bool:
         """Continue from the folder's checkpoint; False if it has none.
@@ -109,16 +135,39 @@ class Trainer:
             torch.cuda.set_rng_state_all(content["rng_cuda"])
 
     def check_finite(self) -> None:
-        """Raises ValueError, naming the update, if a loss or gradient norm since the last log is not finite."""
+        """Raises ValueError, naming the update, if the training has diverged, see `diverged`."""
         for name, values_per_update in (("train/loss", self.config.train.grad_accumulation), ("train/grad_norm", 1)):
             values = self.averager.values().get(name, [])
             for index, value in enumerate(values):
                 if not math.isfinite(value):
                     update = self.update - (len(values) - 1 - index) // values_per_update
-                    raise ValueError(
-                        f"{name} is {value} at update {update}; try a lower optimizer.lr or train.grad_clip. "
-                        f"The last good checkpoint stays in {self.folder}"
-                    )
+                    raise self.diverged(f"{name} is {value} at update {update}", last_good_update=update - 2)
+        kept = [*self.model.state_dict().values(), *(memory.hidden for memory in self.state["layers"])]
+        kept += [value for state in self.optimizer.state.values() for value in state.values()]
+        finite = [tensor.isfinite().all() for tensor in kept if isinstance(tensor, Tensor)]
+        if not torch.stack([flag.to(self.device) for flag in finite]).all():
+            problem = f"weights, optimizer state or memories are no longer finite after update {self.update}"
+            raise self.diverged(problem, last_good_update=self.update - 1)
+
+    def diverged(self, problem: str, last_good_update: int) -> ValueError:
+        """The error of a training that has diverged.
+
+        A loss or gradient that is not finite also condemns the weights that gave it: a checkpoint of those is removed
+        if there is one before it, from which the training can go on.
+        """
+        saved = checkpoint.paths(self.folder)
+        good = [path for path in saved if checkpoint.update_of(path) <= last_good_update]
+        if good:
+            for path in saved[: -len(good)]:
+                path.unlink()
+            kept = f"the last good checkpoint is that of update {checkpoint.update_of(good[0])} in {self.folder}"
+        elif saved:
+            kept = (
+                f"the only checkpoint in {self.folder} holds the weights that led to this; start over in another folder"
+            )
+        else:
+            kept = "nothing has been saved"
+        return ValueError(f"{problem}; try a lower optimizer.lr or train.grad_clip; {kept}")
 
 
 def build_task(config: DictConfig) -> Task | RLTask:
@@ -132,7 +181,7 @@ def build_task(config: DictConfig) -> Task | RLTask:
     return task
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, Any], folder: Path) -> None:
+def load_weights(model: torch.nn.Module, weights: Mapping[str, Any], folder: Path) -> None:
     """Raises ValueError if the weights are of another model."""
     try:
         model.load_state_dict(weights)

@@ -1,15 +1,21 @@
 """Checkpoints: damage is found, the one before is used, and what is no checkpoint is refused in one line."""
 
+import math
 import os
 import random
+import re
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_config import tiny_config
 
-from expire_span.runner.run_folder import checkpoint
-from expire_span.runner.train import train
+from expire_span.runner.evaluate import evaluate_run
+from expire_span.runner.load_run import load_run
+from expire_span.runner.run_folder import checkpoint, weights
+from expire_span.runner.run_folder.files import read_metrics
+from expire_span.runner.train import evaluate, train, train_step
 from expire_span.runner.trainer import Trainer
 
 
@@ -145,3 +151,113 @@ def test_a_checkpoint_with_other_content_is_refused_in_one_line(change, run):
     with pytest.raises(ValueError, match="checkpoint") as refusal:
         resumed_update(run)
     assert "\n" not in str(refusal.value)
+
+
+def test_as_many_checkpoints_are_kept_as_the_config_says(tmp_path):
+    train(tiny_config("train.updates=5", "run.checkpoint_every=1", "run.keep_checkpoints=3"), tmp_path)
+    assert [path.name for path in checkpoint.paths(tmp_path)] == [f"checkpoint_{update}.pt" for update in (5, 4, 3)]
+
+
+# Weights
+
+
+def test_a_folder_with_config_and_weights_alone_is_evaluated_like_the_run(run):
+    expected = read_metrics(run / "metrics.jsonl")[-1]
+    for path in run.iterdir():
+        if path.name != "model.safetensors":
+            path.unlink()
+    evaluated = evaluate_run(tiny_config(), run, run)
+    assert evaluated["test/loss"] == expected["test/loss"]
+    assert load_run(run, tiny_config()).update == 4
+
+
+def test_the_weights_of_the_last_checkpoint_lie_beside_it_for_other_programs(run):
+    expected = checkpoint.load(run)["model"]
+    weights_of_file = load_file(run / "model.safetensors")
+    assert expected.keys() == weights_of_file.keys()
+    assert all(torch.equal(weights_of_file[name], weight) for name, weight in expected.items())
+
+
+def test_a_flipped_bit_in_the_weights_is_found_and_those_of_the_checkpoint_are_used(run, caplog):
+    path = run / "model.safetensors"
+    size, whole = path.stat().st_size, path.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    bits = [random.Random(2).randrange(8 * size) for _ in range(30)]
+    bits += [random.Random(3).randrange(8 * (8 + header)) for _ in range(30)]
+    for bit in bits:
+        flip_bit(path, bit)
+        with pytest.raises(ValueError, match="is damaged"):
+            weights.load(path)
+        path.write_bytes(whole)
+    flip_bit(path, bits[0])
+    assert load_run(run, tiny_config()).update == 4
+    assert "the weights of the checkpoint are used" in caplog.text
+
+
+@pytest.mark.parametrize("task", ["copy", "corridor"])  # an accuracy, and a metric of environments
+def test_the_best_weights_by_validation_are_kept_and_can_be_evaluated(task, tmp_path):
+    shrunk = ["train.updates=8", "eval.interval=1", "eval.max_blocks=4", "eval.splits=[valid]"]
+    train(tiny_config(*shrunk, task=task), tmp_path)
+    name = "valid/accuracy" if task == "copy" else "valid/rl/success"
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl")[:-1] if name in row]
+    best = max(rows, key=lambda row: row[name])  # the first of equals
+    loaded = weights.load(tmp_path / "best.safetensors")
+    assert (loaded.update, loaded.value) == (best["update"], best[name])
+    best_config = tiny_config(*shrunk, "eval.weights=best", task=task)
+    assert evaluate_run(best_config, tmp_path, tmp_path)[name] == best[name]
+
+
+def test_the_best_weights_of_a_task_with_an_error_have_the_lowest(tmp_path):
+    trainer = Trainer(tiny_config(task="collision"), tmp_path)
+    for update, error in enumerate([0.5, 0.3, 0.4, math.nan, 0.3]):
+        trainer.update = update
+        trainer.save_if_best({"valid/error": error})
+    assert weights.load(tmp_path / "best.safetensors").update == 1
+    flip_bit(tmp_path / "best.safetensors", 99_999)
+    trainer.save_if_best({"valid/error": 0.9})
+    assert weights.load(tmp_path / "best.safetensors").value == 0.9
+
+
+def test_the_best_weights_are_refused_where_there_are_none(run):
+    with pytest.raises(FileNotFoundError, match="best.safetensors does not exist: only a run with eval.interval=N"):
+        load_run(run, tiny_config("eval.weights=best"))
+    with pytest.raises(ValueError, match="eval.weights=best is for evaluate=RUN"):
+        Trainer(tiny_config("eval.weights=best"), run)
+
+
+# A training that diverges
+
+
+@pytest.mark.parametrize("rate", ["1e10", "1e38"])  # weights that are far too large, and infinite ones
+@pytest.mark.parametrize("task", ["copy", "corridor"])
+def test_a_diverged_training_goes_on_from_the_checkpoint_that_it_names_with_a_good_rate(rate, task, tmp_path):
+    blocks = 8 if task == "copy" else 2
+    sgd = ["optimizer._target_=torch.optim.SGD", "train.grad_clip=null", "lr_schedule.warmup_updates=0"]
+    overrides = ["train.updates=12", "run.checkpoint_every=1", "run.log_every=1", f"eval.max_blocks={blocks}", *sgd]
+    good = [*overrides, "optimizer.lr=1e-3"]
+    short = [*good, "train.updates=2"]
+    train(tiny_config(*short, task=task), tmp_path)
+    with pytest.raises(ValueError, match="the last good checkpoint is that of update") as refusal:
+        train(tiny_config(*overrides, f"optimizer.lr={rate}", task=task), tmp_path)
+    update = int(re.search(r"that of update (\d+)", str(refusal.value))[1])
+    assert checkpoint.load(tmp_path)["update"] == update
+    assert all(weight.isfinite().all() for weight in checkpoint.load(tmp_path)["model"].values())
+    metrics = train(tiny_config(*good, task=task), tmp_path)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_weights_that_are_no_longer_finite_after_the_last_update_end_the_run_with_an_error(tmp_path):
+    trainer = Trainer(tiny_config("train.updates=1"), tmp_path)
+    train_step(trainer)
+    with torch.no_grad():
+        trainer.model.position[0, 0] = math.inf  # the loss and the gradient norm were still finite
+    with pytest.raises(ValueError, match="no longer finite after update 1; .*nothing has been saved"):
+        trainer.save_checkpoint()
+
+
+def test_a_final_evaluation_that_is_not_a_number_ends_the_run_with_an_error(tmp_path):
+    trainer = Trainer(tiny_config(), tmp_path)
+    with torch.no_grad():
+        trainer.model.output_head.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="test/loss is nan: the weights have diverged"):
+        evaluate(trainer, "test")

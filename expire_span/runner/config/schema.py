@@ -91,6 +91,7 @@ class EvalConfig:
     block_size: int
     max_blocks: int | None
     span_cap: int | None = None  # folders of earlier runs do not have it
+    weights: str = "last"
 
 
 @dataclass
@@ -104,6 +105,7 @@ class RunConfig:
     num_threads: int | None
     log_every: int
     checkpoint_every: int
+    keep_checkpoints: int
     progress_bar: bool
 
 
@@ -130,6 +132,7 @@ SECTIONS = {
 }
 CHOICES = {
     "lr_schedule.name": ("constant", "cosine"),
+    "eval.weights": ("last", "best"),
     "run.precision": ("float32", "bfloat16", "float64"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
 }
@@ -150,6 +153,7 @@ MINIMUM = {
     "eval.span_cap": 1,
     "run.log_every": 1,
     "run.checkpoint_every": 1,
+    "run.keep_checkpoints": 1,
     "run.num_threads": 1,
 }
 

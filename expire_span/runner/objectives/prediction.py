@@ -111,6 +111,10 @@ class Prediction:
             averager.add({"timesteps": timesteps} | {name: timesteps * value for name, value in metrics.items()})
         if not answers.counts[0]:
             log.warning(f"the first {config.eval.max_blocks} blocks of {split} have no targets: raise eval.max_blocks")
+        elif not answers.nats.isfinite():
+            raise ValueError(
+                f"{split}/loss is {answers.nats.item()}: the weights have diverged; try a lower optimizer.lr"
+            )
         means = averager.pop_means()
         timesteps_per_block = means.pop("timesteps")
         metrics = answers.metrics(task.metric, task.bytes_per_token(split), task.extra_metrics)

@@ -25,7 +25,7 @@ def run_summary(
     plain_config = cast(dict[str, Any], OmegaConf.to_container(config))
     return {
         "format": FORMAT,
-        "finished": update >= config.train.updates,
+        "finished": update >= config.train.updates or config.eval.weights == "best",
         "task": type(task).__module__.split(".")[-1],
         "model": type(model.mechanisms[0]).__module__.split(".")[-1],
         "metric": task.metric,
