@@ -13,9 +13,11 @@ from .attention import soft_mask
 from .kernels.dispatch import BACKENDS
 from .kernels.packed_layout import NEVER, sample_index
 from .memory.mechanism import Mechanism, memory_size, visible_distances
-from .memory.packed import Memory, concatenate_parts, empty, from_dense, keep_rows
+from .memory.packed import Memory, concatenate_parts, empty, from_dense, keep_rows, with_max_age
 from .memory_attention import MemoryAttention
 from .output_heads import AdaptiveSoftmax, LinearHead
+
+POSITION_MULTIPLE = 64  # rows of the position table
 
 State = dict[str, Any]  # "step": the next timestep; "layers": the Memory of each; "weights_fingerprint": of its cache
 
@@ -130,7 +132,7 @@ class TransformerBlock(nn.Module):
             attended._replace(kv=(key, value, span)),
             age=age,
             ramp=self.mechanism.ramp,
-            position=position[: self.mechanism.num_positions],
+            position=position[: self.num_positions(memory, pooled, block_size)],
             rows=self.mechanism.rows,
             reach=reach,
         )  # (B, T, d)
@@ -156,6 +158,16 @@ class TransformerBlock(nn.Module):
             metrics["memory_size"] = memory_size(span, self.mechanism.ramp, nearest, farthest, num_queries)
             metrics["span"] = (span * is_new).sum(0).mean() / num_queries
         return hidden, attended, keep, metrics
+
+    def num_positions(self, memory: Memory, pooled: Memory | None, block_size: int) -> int:
+        """Return how many rows of the position table a block needs: none beyond the largest distance to a memory.
+
+        Rounded up, so that products keep aligned sizes, and few different ones.
+        """
+        if memory.max_age is None or pooled is not None or self.mechanism.rows is not None:
+            return self.mechanism.num_positions
+        largest_distance = memory.max_age + block_size - 1
+        return min(-(-largest_distance // POSITION_MULTIPLE) * POSITION_MULTIPLE, self.mechanism.num_positions)
 
     def attended(self, *memories: Memory) -> Memory:
         """Concatenate the memories and the block as parts, with keys, values and spans.
@@ -263,6 +275,7 @@ class Transformer(nn.Module):
         memories = state["layers"]
         if not self.uses_kv_cache or state.get("weights_fingerprint") != fingerprint:
             memories = [memory._replace(kv=None) for memory in memories]  # the cached keys belong to other weights
+        memories = [with_max_age(memory, state["step"]) for memory in memories]
         attended, keep, layer_metrics = [], [], []
         for layer, memory in zip(self.layers, memories, strict=True):
             inputs = (hidden, memory, state["step"], self.position, reach, episode_reach, span_cap)
@@ -273,11 +286,15 @@ class Transformer(nn.Module):
             attended.append(layer_attended if self.uses_kv_cache else layer_attended._replace(kv=None))
             keep.append(layer_keep)
             layer_metrics.append(metrics)
-        num_kept = torch.stack([mask.sum() for mask in keep]).tolist()  # the only time that the device is waited for
-        memories = [keep_rows(*layer_rows) for layer_rows in zip(attended, keep, num_kept, strict=True)]
+        next_step = state["step"] + block_size
+        kept = counts_and_max_ages(attended, keep, next_step).tolist()  # the only time that the device is waited for
+        memories = [
+            keep_rows(memory, mask, count)._replace(max_age=max_age)
+            for memory, mask, count, max_age in zip(attended, keep, *kept, strict=True)
+        ]
 
         hidden = dropout(self.norm(hidden), self.config.embedding_dropout, self.training)
-        next_state = {"step": state["step"] + block_size, "layers": memories, "weights_fingerprint": fingerprint}
+        next_state = {"step": next_step, "layers": memories, "weights_fingerprint": fingerprint}
         return self.output_head(hidden), next_state, aggregate_metrics(layer_metrics, memories)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -306,6 +323,12 @@ class Transformer(nn.Module):
     def weights_fingerprint(self) -> list[tuple[int, int]]:
         """Return a fingerprint that changes with the weights, except by writes to `.data` or a fused optimizer."""
         return [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
+
+
+def counts_and_max_ages(attended: list[Memory], keep: list[Tensor], next_step: Tensor) -> Tensor:
+    """Return how many memories each layer keeps, and the age of its oldest at the next block, (2, layers)."""
+    ages = [((next_step - memory.time) * mask).amax() for memory, mask in zip(attended, keep, strict=True)]
+    return torch.stack([torch.stack([mask.sum() for mask in keep]), torch.stack(ages)])
 
 
 def aggregate_metrics(layer_metrics: list[dict[str, Tensor]], memories: list[Memory]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_config import compose_config, tiny_config
 
-from expire_span import ExpireSpan, Transformer, TransformerConfig
+from expire_span import AdaptiveSpan, ExpireSpan, Transformer, TransformerConfig
 from expire_span.runner.config.schema import validate
 from expire_span.runner.run_folder.files import read_metrics
 from expire_span.runner.train import train
@@ -145,10 +145,10 @@ def test_memories_that_shrink_and_grow_cause_no_recompilation():
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
-    mechanisms = [ExpireSpan(32, 256, 8.0, 1e-5, num_positions=16, init_span_ratio=0.2) for _ in range(2)]
-    model = Transformer(TransformerConfig(50, 32, 2, 64), mechanisms)
-    for mechanism in model.mechanisms:
-        torch.nn.init.normal_(mechanism.weight)
+    expire_span = ExpireSpan(32, 256, 8.0, 1e-5, num_positions=16, init_span_ratio=0.2)
+    adaptive_span = AdaptiveSpan(2, 256, 8.0, 1e-5, init_span_ratio=0.8)  # uses more and more positions
+    model = Transformer(TransformerConfig(50, 32, 2, 64), [expire_span, adaptive_span])
+    torch.nn.init.normal_(expire_span.weight)
     compiled, state, sizes, graphs = torch.compile(model, dynamic=True), model.initial_state(4), set(), []
     for _ in range(200):
         logits, state, metrics = compiled(torch.randint(50, (4, 16)), state)

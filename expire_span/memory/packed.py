@@ -26,12 +26,20 @@ class Memory(NamedTuple):
     min_distance: Tensor  # (N,) int64: the smallest distance at which it is visible: 1, or more for a pooled state
     offsets: Tensor  # (B + 1,) int64: sample b owns rows offsets[b] to offsets[b + 1]; or (parts, B + 1)
     kv: tuple[Tensor, ...] | None = None  # keys and values (N, H, D) and spans (N, H or 1), if computed
+    max_age: int | None = None  # timesteps from the oldest row to the next block's first query, if the host knows it
 
 
 def empty(batch_size: int, hidden_size: int, like: Tensor) -> Memory:
     """Make a memory without rows, with the device and dtype of `like`."""
     no_rows = torch.zeros(0, dtype=torch.long, device=like.device)
-    return Memory(like.new_zeros(0, hidden_size), no_rows, no_rows, no_rows.new_zeros(batch_size + 1))
+    return Memory(like.new_zeros(0, hidden_size), no_rows, no_rows, no_rows.new_zeros(batch_size + 1), max_age=0)
+
+
+def with_max_age(memory: Memory, step: Tensor) -> Memory:
+    """Return the memory with its `max_age` at timestep `step`. Unless it is known, the device has to be waited for."""
+    if memory.max_age is not None:
+        return memory
+    return memory._replace(max_age=int((step - memory.time).max()) if len(memory.time) else 0)
 
 
 def from_dense(hidden: Tensor, time: Tensor, min_distance: int = 1) -> Memory:
