@@ -22,6 +22,7 @@ from .config.value_sources import value_sources
 from .errors import USER_ERRORS, exit_with_message, one_line, root_cause
 from .evaluate import evaluate_run
 from .load_run import load_config
+from .logging.wandb_logger import MAX_NAME_LENGTH
 from .run_folder import checkpoint
 from .run_folder.files import lock, write_texts
 from .train import train
@@ -94,7 +95,7 @@ def run_job(config: DictConfig) -> None:
         config = validate(config)
         summary_extras = config_sources(config, hydra_config, overrides)
         if config.wandb.group is None and (folder.parent / "multirun.yaml").exists():  # written by Hydra for a sweep
-            config.wandb.group = folder.parent.name
+            config.wandb.group = folder.parent.name[:MAX_NAME_LENGTH]
         with lock(folder):
             metrics = train(config, folder, command, summary_extras, config_files)
     for name, value in metrics.items():

@@ -150,11 +150,13 @@ def metric_logger(trainer: Trainer) -> Iterator[Callable[[Metrics], None]]:
     shown = ("memory/size", "test/memory/size", "perf/ms_per_batch")
     disable = None if config.run.progress_bar else True  # None: only where there is no terminal
     progress_bar = tqdm(total=config.train.updates, initial=trainer.update, disable=disable)
-    with wandb_logger(config, folder.name, trainer.run_id) as log_to_wandb, progress_bar:
+    path = folder / "metrics.jsonl"
+    earlier_rows = read_metrics(path) if path.exists() else []
+    with wandb_logger(config, folder.name, trainer.run_id, earlier_rows) as log_to_wandb, progress_bar:
 
         def log_metrics(metrics: Metrics) -> None:
             row = {"update": trainer.update, **metrics}
-            append_metrics(folder / "metrics.jsonl", row)
+            append_metrics(path, row)
             log_to_wandb(row)
             names = [name for name in row if name.endswith(f"/{trainer.task.metric}")]
             names += [name for name in shown if name in row]

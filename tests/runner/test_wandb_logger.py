@@ -2,10 +2,37 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from tiny_config import COPY, tiny_config
+from wandb_file import wandb_records, wandb_rows
 
+from expire_span.runner.logging.wandb_logger import wandb_logger
+from expire_span.runner.run_folder.files import read_metrics
 from expire_span.runner.train import train
+
+
+def written_files():
+    """The .wandb files of the offline runs in the current folder, complete."""
+    sys.modules["wandb"].teardown()  # otherwise W&B goes on writing, and stays in this folder
+    return set(Path("wandb").absolute().glob("offline-run-*/run-*.wandb"))
+
+
+class FakeRun:
+    """A run of W&B online, which remembers what an earlier start has sent."""
+
+    def __init__(self, **summary):
+        self.summary, self.rows = summary, []
+
+    def define_metric(self, name, step_metric):
+        pass
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self, exit_code):
+        pass
 
 
 def test_an_offline_run_is_kept_for_a_later_sync_under_its_own_id(tmp_path, monkeypatch):
@@ -14,10 +41,54 @@ def test_an_offline_run_is_kept_for_a_later_sync_under_its_own_id(tmp_path, monk
     folder = tmp_path / "run"
     folder.mkdir()
     train(tiny_config("wandb.mode=offline", "wandb.group=together", "wandb.tags=[a,b]"), folder)
-    [path] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    [path] = written_files()
     content = path.read_bytes()
     for text in (b"together", b"train/accuracy", b"memory/size_layer_1", b"expire_span.tasks.copy.Copy"):
         assert text in content
+
+
+def test_after_a_kill_wandb_gets_every_row_that_it_lacks(tmp_path, monkeypatch):
+    import wandb
+
+    train(tiny_config("train.updates=6"), tmp_path)  # killed, when W&B had the rows up to update 4
+    monkeypatch.setattr(wandb, "init", lambda **keywords: run)
+    run = FakeRun(update=4)
+    train(tiny_config("wandb.mode=online", "train.updates=8"), tmp_path)
+    assert run.rows == [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["update"] >= 4]
+
+
+def test_an_offline_run_that_goes_on_writes_all_rows_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(tiny_config("wandb.mode=offline"), tmp_path)
+    first = written_files()
+    train(tiny_config("wandb.mode=offline", "train.updates=6"), tmp_path)
+    [path] = written_files() - first
+    assert wandb_rows(path) == read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(("ending", "preempted"), [(SystemExit, True), (ValueError, False)])
+def test_a_stopped_run_is_preempted_and_one_with_an_error_has_failed(ending, preempted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ending), wandb_logger(tiny_config("wandb.mode=offline"), "run", "id123456"):
+        raise ending
+    [path] = written_files()
+    records = list(wandb_records(path))
+    assert any(record.HasField("preempting") for record in records) == preempted
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"wandb.tags=[{'x' * 65}]", "wandb.tags may have 1 to 64 characters each, got 65: 'xxx"),
+        ("wandb.tags=['']", "wandb.tags may have 1 to 64 characters each, got 0: ''"),
+        (f"wandb.group={'x' * 129}", "wandb.group must have 1 to 128 characters, got 129"),
+        ("wandb.project=my/project", "wandb.project must not contain any of"),
+    ],
+)
+def test_a_name_that_wandb_would_refuse_is_refused_before_the_run_begins(override, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(override)
 
 
 def test_the_variable_wandb_mode_decides_where_the_config_says_auto(tmp_path, monkeypatch):
@@ -49,11 +120,11 @@ def test_a_run_without_the_package_continues_and_says_so(tmp_path, monkeypatch, 
 def test_a_run_whose_wandb_fails_in_the_middle_continues(tmp_path, monkeypatch, caplog):
     import wandb
 
-    class FailingRun:
-        def log(self, *arguments, **keywords):
+    class FailingRun(FakeRun):
+        def log(self, row):
             raise OSError("no space left")
 
-        def finish(self, **keywords):
+        def finish(self, exit_code):
             raise OSError("no space left")
 
     monkeypatch.setattr(wandb, "init", lambda **keywords: FailingRun())

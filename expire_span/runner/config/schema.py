@@ -12,6 +12,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from torch import Tensor
 
 from ...transformer import TransformerConfig
+from ..logging.wandb_logger import check_wandb
 from .former_names import current_name
 
 
@@ -188,6 +189,7 @@ def validate(config: DictConfig) -> DictConfig:
         value = OmegaConf.select(config, key)
         if value is not None and value < minimum:
             raise ValueError(f"{key} must be at least {minimum}, got {value}")
+    check_wandb(config.wandb)
     return config
 
 

@@ -1,8 +1,9 @@
 """Weights & Biases mirrors metrics.jsonl. A run never depends on it."""
 
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -11,37 +12,58 @@ from omegaconf import DictConfig, OmegaConf
 
 log = logging.getLogger(__name__)
 
-LogRow = Callable[[dict[str, float]], None]
+LogRow = Callable[[Mapping[str, float]], None]
+MAX_NAME_LENGTH, MAX_TAG_LENGTH = 128, 64  # W&B's own limits, in characters
+
+
+def check_wandb(settings: DictConfig) -> None:
+    """Raises ValueError for a name that W&B would refuse later, when the run has begun."""
+    for key in ("project", "entity", "group"):
+        name = settings[key]
+        if name is not None and not 1 <= len(name) <= MAX_NAME_LENGTH:
+            raise ValueError(f"wandb.{key} must have 1 to {MAX_NAME_LENGTH} characters, got {len(name)}: {name!r}")
+    if set(settings.project) & set("/\\#?%:"):
+        raise ValueError(f"wandb.project must not contain any of / \\ # ? % :, got {settings.project!r}")
+    for tag in settings.tags:
+        if not 1 <= len(tag) <= MAX_TAG_LENGTH:
+            raise ValueError(f"wandb.tags may have 1 to {MAX_TAG_LENGTH} characters each, got {len(tag)}: {tag!r}")
 
 
 @contextmanager
-def wandb_logger(config: DictConfig, name: str, run_id: str) -> Iterator[LogRow]:
+def wandb_logger(
+    config: DictConfig, name: str, run_id: str, earlier_rows: Iterable[Mapping[str, float]] = ()
+) -> Iterator[LogRow]:
     """Yield a function that logs one row of metrics. Any failure is reported once, and the run continues without W&B.
 
     Args:
         name: display name of the W&B run.
         run_id: W&B's id of the run, so that a resumed run continues the same one.
+        earlier_rows: what a resumed run has logged before; W&B gets those rows that it lacks.
     """
-    run = None
+    run, known_update = None, -math.inf  # the last update of which W&B has a row
     if config.wandb.mode != "disabled":
         try:
             run = init_run(config, name, run_id)
+            run.define_metric("*", step_metric="update")  # the axis of every plot
+            known_update = run.summary.get("update", -math.inf)
         except Exception as error:  # no package, no network, no disk space: none of them may stop the run
             log.warning("W&B is off for this run (%s); metrics.jsonl has everything", error)
 
-    def log_row(row: dict[str, float]) -> None:
+    def log_row(row: Mapping[str, float]) -> None:
         nonlocal run
-        if run is not None:
+        if run is not None and row["update"] >= known_update:
             try:
-                run.log(row, step=int(row["update"]))
+                run.log(dict(row))  # without W&B's step, which may not go back to the checkpoint after a kill
             except Exception as error:
                 log.warning("W&B stopped (%s); metrics.jsonl goes on", error)
                 run = None
 
+    for row in earlier_rows:
+        log_row(row)
     try:
         yield log_row
-    except BaseException:
-        finish_run(run, exit_code=1)
+    except BaseException as error:
+        finish_run(run, exit_code=1, stopped=isinstance(error, SystemExit))
         raise
     finish_run(run, exit_code=0)
 
@@ -57,7 +79,7 @@ def init_run(config: DictConfig, name: str, run_id: str) -> Any:
         entity=settings.entity,
         group=settings.group,
         tags=list(settings.tags),
-        name=name,
+        name=name[:MAX_NAME_LENGTH],
         id=run_id,
         resume="allow",
         config=cast(dict[str, Any], OmegaConf.to_container(config)),
@@ -75,10 +97,12 @@ def init_run(config: DictConfig, name: str, run_id: str) -> Any:
     return init(mode="offline")
 
 
-def finish_run(run: Any, exit_code: int) -> None:
-    """Finish a W&B run, if there is one; 0 marks it as successful."""
+def finish_run(run: Any, exit_code: int, stopped: bool = False) -> None:
+    """Finish a W&B run, if there is one; 0 marks it as successful. A stopped one, which may go on, has not failed."""
     if run is not None:
         try:
+            if stopped:
+                run.mark_preempting()
             run.finish(exit_code=exit_code)
         except Exception as error:
             log.warning("W&B did not finish (%s); metrics.jsonl has everything", error)
