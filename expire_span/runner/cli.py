@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .load_run import load_config
 from .logging.wandb_logger import MAX_NAME_LENGTH
 from .run_folder import checkpoint
 from .run_folder.files import lock, write_texts
+from .stop_signals import Stopped, ignore_further_signals, stop_signals
 from .train import train
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,12 @@ GROUPS = ("task", "model", "size", "recipe", "experiment")
 def main() -> None:
     """The console command. User errors are one line; HYDRA_FULL_ERROR=1 shows their traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors itself and exits
+    with stop_signals():
+        run_command()
+
+
+def run_command() -> None:
+    """Let Hydra run what the command line says."""
     try:
         sys.path.append(os.getcwd())  # a task or mechanism of the user's own may lie in the current folder
         sys.path.append(str(Path(__file__).parents[1] / "plugins"))  # the launchers of sweeps, which Hydra looks for
@@ -41,9 +49,11 @@ def main() -> None:
         check_current_names(sys.argv[1:])
         sys.argv[1:] = evaluate_arguments(resume_arguments(sys.argv[1:]))
         hydra_main()
-    except KeyboardInterrupt:  # before or after the training, which handles it itself
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stop:
+        ignore_further_signals()
+        with suppress(OSError):  # of a terminal that was closed
+            print(stop.message, file=sys.stderr)
+        raise
     except Exception as error:
         exit_with_message(error)
 
@@ -183,7 +193,10 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     run_folder = Path(resume[0].partition("=")[2])
     path = run_folder / ".hydra" / "overrides.yaml"
     if not path.exists():
-        raise FileNotFoundError(f"resume={run_folder} is not a run folder: it has no .hydra/overrides.yaml")
+        reason = f"resume={run_folder} is not a run folder: it has no .hydra/overrides.yaml"
+        if run_folder.is_dir():
+            reason += f"; if a run was stopped before it wrote that, repeat its command with hydra.run.dir={run_folder}"
+        raise FileNotFoundError(reason)
     load_config(run_folder)  # refuses a run of an older version
     saved_overrides = [str(override) for override in OmegaConf.load(path)]
     new_overrides = [a for a in arguments if a not in resume and re.match(r"~|[^-][^=]*=", a)]

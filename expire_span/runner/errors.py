@@ -1,21 +1,42 @@
 """Report user errors: the one line that a command prints before it exits."""
 
 import os
+import re
 import sys
 from typing import NoReturn
 
+import torch
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # as the user has set it
-USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (ValueError, OSError, MemoryError, HydraException, OmegaConfBaseException)
 
 
 def root_cause(error: Exception) -> Exception:
-    """The error of the constructor, where Hydra has wrapped it into an InstantiationException."""
+    """The error of the constructor, where Hydra has wrapped it; `OutOfMemory` for every way to run out of memory."""
     while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    return error
+    return OutOfMemory(error) if is_out_of_memory(error) else error
+
+
+class OutOfMemory(MemoryError):
+    """An error of an allocation, with what to do about it, and what is saved."""
+
+    def __init__(self, error: Exception, saved: str = ""):
+        reason = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        text = reason[0] if reason else one_line(error)[:100]
+        super().__init__(
+            f"out of memory ({text}); lower train.batch_size, train.block_size or memory.max_span in a new run, or set "
+            f"transformer.activation_checkpointing=true or a smaller eval.batch_size{saved and f'; {saved}'}"
+        )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, numpy, a CPU or a GPU had no memory left; false for an `OutOfMemory` that says so already."""
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+        return True
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) and not isinstance(error, OutOfMemory)
 
 
 def one_line(error: Exception) -> str:

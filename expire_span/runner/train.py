@@ -2,10 +2,8 @@
 
 import logging
 import math
-import signal
 import statistics
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +13,24 @@ from omegaconf import DictConfig
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from .errors import OutOfMemory, is_out_of_memory
 from .logging.metrics import Metrics
 from .logging.performance import peak_memory, reset_peak_memory
 from .logging.wandb_logger import wandb_logger
 from .lr_schedule import alpha_multiplier, lr_multiplier, set_lr
-from .run_folder.files import append_metrics, read_metrics, truncate_metrics, write_summary, write_texts, write_vocab
+from .run_folder import checkpoint
+from .run_folder.files import (
+    WriteError,
+    append_metrics,
+    read_metrics,
+    truncate_metrics,
+    write_summary,
+    write_texts,
+    write_vocab,
+)
 from .run_folder.provenance import provenance, write_diff
 from .run_folder.summary import run_summary
+from .stop_signals import StopHandler, Stopped, stop_signals
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -47,44 +56,48 @@ def train(
     Returns:
         the final metrics.
     """
-    trainer = Trainer(config, folder)
-    resumed = trainer.load_checkpoint()
-    write_texts(folder, config_files)
-    origin = {**provenance(command), **summary_extras}
-    write_diff(folder)
-    write_vocab(folder, trainer.task)
-    truncate_metrics(folder / "metrics.jsonl", trainer.update, config.train.updates)
-    reset_peak_memory(trainer.device)
-    num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    log.info(
-        f"{'resuming' if resumed else 'training'} in {folder}: {num_parameters:,} parameters, on {trainer.device}, "
-        f"updates {trainer.update} to {config.train.updates}"
-    )
-    with metric_logger(trainer) as log_metrics:
-        with stop_signal() as stop_requested:
-            while trainer.update < config.train.updates:
-                try_step(trainer)
-                is_last = trainer.update == config.train.updates
-                if is_last or trainer.update % config.run.log_every == 0:
-                    log_metrics(interval_metrics(trainer))
-                if trainer.update % (config.eval.interval or math.inf) == 0:
-                    trainer.check_finite()
-                    metrics = evaluate(trainer, "valid")
-                    log_metrics(metrics)
-                    trainer.save_if_best(metrics)
-                stop = stop_requested.is_set()  # read once: a signal that comes later stops after the next update
-                if is_last or stop or trainer.update % config.run.checkpoint_every == 0:
-                    trainer.save_checkpoint()
-                if stop:
-                    raise SystemExit(f"stopped at update {trainer.update}; to resume: expire-span resume={folder}")
-        metrics = training_costs(folder)
-        for split in config.eval.splits:
-            metrics |= evaluate(trainer, split)
-        log_metrics(metrics)
-    task, model, objective = trainer.task, trainer.model, trainer.objective
-    summary = run_summary(config, task, model, trainer.device, trainer.update, objective.blocks, metrics)
-    write_summary(folder, summary | origin)
+    with stop_signals() as stop, say_how_to_go_on(folder):
+        trainer = Trainer(config, folder)
+        resumed = trainer.load_checkpoint()
+        write_texts(folder, config_files)
+        origin = {**provenance(command), **summary_extras}
+        write_diff(folder)
+        write_vocab(folder, trainer.task)
+        truncate_metrics(folder / "metrics.jsonl", trainer.update, config.train.updates)
+        reset_peak_memory(trainer.device)
+        num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        log.info(
+            f"{'resuming' if resumed else 'training'} in {folder}: {num_parameters:,} parameters, on {trainer.device}, "
+            f"updates {trainer.update} to {config.train.updates}"
+        )
+        with metric_logger(trainer) as log_metrics:
+            with stop.deferred():
+                while trainer.update < config.train.updates and stop.number is None:
+                    step_log_and_save(trainer, log_metrics, stop)
+            metrics = training_costs(folder)
+            for split in config.eval.splits:
+                metrics |= evaluate(trainer, split)
+            log_metrics(metrics)
+        task, model, objective = trainer.task, trainer.model, trainer.objective
+        summary = run_summary(config, task, model, trainer.device, trainer.update, objective.blocks, metrics)
+        write_summary(folder, summary | origin)
     return metrics
+
+
+def step_log_and_save(trainer: Trainer, log_metrics: Callable[[Metrics], None], stop: StopHandler) -> None:
+    """One update, and what is due after it."""
+    config = trainer.config
+    try_step(trainer)
+    is_last = trainer.update == config.train.updates
+    if is_last or trainer.update % config.run.log_every == 0:
+        log_metrics(interval_metrics(trainer))
+    if trainer.update % (config.eval.interval or math.inf) == 0:
+        trainer.check_finite()
+        metrics = evaluate(trainer, "valid")
+        log_metrics(metrics)
+        trainer.save_if_best(metrics)
+    if is_last or stop.number is not None or trainer.update % config.run.checkpoint_every == 0:
+        trainer.save_checkpoint()
 
 
 def try_step(trainer: Trainer) -> None:
@@ -170,23 +183,15 @@ def metric_logger(trainer: Trainer) -> Iterator[Callable[[Metrics], None]]:
 
 
 @contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """An event set by the first Ctrl-C or SIGTERM, so that the update is finished and saved. A second one kills."""
-    stop_requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop_requested
-        return
-    previous_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def request_stop(number: int, frame: Any) -> None:
-        stop_requested.set()
-        log.warning("stopping once this update is saved; another Ctrl-C stops at once, and saves nothing")
-        signal.signal(number, previous_handlers[signal.Signals(number)])
-
-    for number in previous_handlers:
-        signal.signal(number, request_stop)
+def say_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Let a signal, a failed write or a lack of memory end the training with what is saved and how to go on."""
     try:
-        yield stop_requested
-    finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
+        yield
+    except Stopped as stop:
+        raise Stopped(stop.number, f"stopped; {checkpoint.how_to_go_on(folder)}") from None
+    except WriteError as error:
+        raise WriteError(f"{error}; {checkpoint.how_to_go_on(folder)}") from None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(error, checkpoint.how_to_go_on(folder)) from None

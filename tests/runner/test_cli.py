@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -195,33 +194,7 @@ def test_a_sweep_does_not_resume(monkeypatch):
         cli.main()
 
 
-# Interrupts and bad input
-
-
-def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
-    folder = tmp_path / "run"
-    overrides = [*COPY, "train.updates=100000", "run.checkpoint_every=100000"]
-    arguments = [*EXPIRE_SPAN, *overrides, f"hydra.run.dir={folder}"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        wait_for_lines(folder / "metrics.jsonl", lines=2)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert re.search(rf"^stopped at update \d+; to resume: expire-span resume={folder}$", errors, re.MULTILINE), errors
-    assert checkpoint.load(folder)["update"] > 0
-
-
-def test_ctrl_c_outside_of_training_ends_with_one_word(monkeypatch, capsys):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", ["expire-span"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it; monkeypatch restores it afterwards
-    monkeypatch.setattr(cli, "hydra_main", interrupted)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 130
-    assert capsys.readouterr().err == "stopped\n"
+# Bad input
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,21 @@
 """The files of a run folder survive full disks, crashes and two processes at once."""
 
 import json
+import logging
 import math
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_config import tiny_config
 
+from expire_span.runner.logging.run_log import RunLog
 from expire_span.runner.run_folder import files
+from expire_span.runner.train import train
 
 METRICS = "metrics.jsonl"
 
@@ -129,9 +134,67 @@ def test_a_killed_process_releases_its_lock(tmp_path, holder):
         pass
 
 
-def test_a_full_disk_is_reported_with_the_file_and_how_to_go_on(tmp_path):
+def test_a_full_disk_is_reported_with_the_file(tmp_path):
     path = Path("/dev/full")
     if not path.exists():
         pytest.skip("this system has no /dev/full")
-    with pytest.raises(OSError, match=r"/dev/full could not be written \(No space left on device\); .*resume=/dev"):
+    with pytest.raises(OSError, match=r"^/dev/full could not be written \(No space left on device\)$"):
         files.append_metrics(path, {"update": 1})
+
+
+# Links in a run folder of somebody else
+
+
+@pytest.mark.parametrize("name", [".lock", ".hydra", "metrics.jsonl", "run.log"])
+def test_a_link_in_a_run_folder_is_refused_and_what_it_points_to_stays(name, tmp_path):
+    target, folder = tmp_path / "target", tmp_path / "run"
+    folder.mkdir()
+    target.write_text("mine")
+    (folder / name).symlink_to(target)
+    with pytest.raises(ValueError, match=f"run/{name} is a link"), files.lock(folder):
+        pass
+    assert target.read_text() == "mine"
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+@pytest.mark.parametrize("name", [".lock", "summary.json.part", "summary.json", "metrics.jsonl", "run.log"])
+def test_what_a_link_in_a_run_folder_points_to_is_never_overwritten(name, link, tmp_path):
+    target, folder = tmp_path / "target", tmp_path / "run"
+    folder.mkdir()
+    target.write_text('{"update": 1}\n')
+    link(folder / name, target)
+    with suppress(ValueError, OSError), files.lock(folder):
+        files.write_summary(folder, {"finished": True})
+        files.truncate_metrics(folder / METRICS, 1, last_update=9)
+        files.append_metrics(folder / METRICS, {"update": 2})
+    with suppress(OSError):
+        files.append_metrics(folder / METRICS, {"update": 2})
+    if link is Path.symlink_to:
+        write_to_run_log(folder)
+    assert target.read_text() == '{"update": 1}\n'
+
+
+def write_to_run_log(folder):
+    handler = RunLog(folder / "run.log")
+    handler.emit(logging.LogRecord("name", logging.INFO, "path", 1, "a message", (), None))
+    handler.close()
+
+
+def test_run_log_begins_with_the_first_message_and_its_failures_stop_nothing(tmp_path, full_disk):
+    handler = RunLog(tmp_path / "run.log")
+    assert not (tmp_path / "run.log").exists()
+    handler.close()
+    with full_disk(0):
+        write_to_run_log(tmp_path)
+    write_to_run_log(tmp_path / "missing")
+    write_to_run_log(tmp_path)
+    assert (tmp_path / "run.log").read_text() == "a message\n"
+
+
+def test_a_full_disk_promises_a_checkpoint_only_if_there_is_one(folder, full_disk):
+    with full_disk(100), pytest.raises(OSError, match="nothing is saved yet: run the same command again") as end:
+        train(tiny_config(), folder, config_files={".hydra/config.yaml": "x" * 1000})
+    assert f"{folder}/.hydra/config.yaml could not be written" in str(end.value)
+    train(tiny_config(), folder)
+    with full_disk(100), pytest.raises(OSError, match=f"update 4 is saved; to resume: expire-span resume={folder}$"):
+        train(tiny_config(), folder, config_files={".hydra/config.yaml": "x" * 1000})

@@ -44,9 +44,9 @@ def test_a_stopped_sweep_saves_the_job_that_runs_and_starts_no_other(number, tmp
         wait_for_lines(tmp_path / "seed1/metrics.jsonl", lines=2)
         sweep.send_signal(number)
         _, errors = sweep.communicate(timeout=60)
-    assert sweep.returncode == 1
-    stopped, how_to_go_on = errors.splitlines()
-    assert stopped.startswith("stopped at update")
+    assert sweep.returncode == 128 + number
+    *_, stopped, how_to_go_on = errors.splitlines()
+    assert stopped.startswith("stopped; update")
     assert how_to_go_on.startswith("sweep stopped, 0 of 2 jobs finished; to go on: expire-span -m")
     assert checkpoint.load(tmp_path / "seed1")["update"] > 0
     assert not (tmp_path / "seed2").exists()

@@ -237,7 +237,7 @@ def test_a_full_disk_costs_only_the_checkpoint_being_written(folder, full_disk):
     step_and_log(trainer)
     trainer.save_checkpoint()
     step_and_log(trainer)
-    with full_disk(10_000), pytest.raises(OSError, match="checkpoint_2.pt could not be written .* free some space"):
+    with full_disk(10_000), pytest.raises(OSError, match="checkpoint_2.pt could not be written"):
         trainer.save_checkpoint()
     assert checkpoint.load(folder)["update"] == 1
     assert not list(folder.glob("*.part"))

@@ -21,6 +21,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from expire_span.runner.errors import SHOW_TRACEBACK
+from expire_span.runner.stop_signals import Stopped
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
@@ -92,10 +93,10 @@ class ProcessLauncher(SweepLauncher):
         self.n_jobs = n_jobs
 
     def run(self, jobs: Sequence[Job]) -> list[int | None]:
-        """Raises SystemExit after a Ctrl-C or SIGTERM, when the jobs that ran have saved and ended."""
+        """Raises `Stopped` after a Ctrl-C, SIGTERM or SIGHUP, when the jobs that ran have saved and ended."""
         codes: list[int | None] = [None] * len(jobs)
         waiting, running = list(range(len(jobs))), dict[int, subprocess.Popen[bytes]]()
-        stopped = False
+        stopped = 0  # by the signal of this number
         with received_signals() as signals:
             while running or (waiting and not stopped):
                 while waiting and len(running) < self.n_jobs and not stopped:
@@ -104,7 +105,7 @@ class ProcessLauncher(SweepLauncher):
                     running[index] = start(jobs[index])
                 time.sleep(POLL_SECONDS)
                 while signals:  # a second one makes the jobs end without saving
-                    stopped = bool(signals.pop())
+                    stopped = signals.pop()
                     for process in running.values():
                         process.send_signal(signal.SIGTERM)
                 for index in [index for index, process in running.items() if process.poll() is not None]:
@@ -112,9 +113,8 @@ class ProcessLauncher(SweepLauncher):
                     if code < 0 and not stopped:
                         log.error(f"job {jobs[index].number} was killed ({signal.Signals(-code).name})")
         if stopped:
-            raise SystemExit(
-                f"sweep stopped, {codes.count(0)} of {len(jobs)} jobs finished; to go on: {self.command()}"
-            )
+            done = f"{codes.count(0)} of {len(jobs)} jobs finished"
+            raise Stopped(stopped, f"sweep stopped, {done}; to go on: {self.command()}")
         return codes
 
 

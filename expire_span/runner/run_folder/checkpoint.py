@@ -6,6 +6,7 @@ A file is what torch.save writes, followed by its SHA-256, so that damage at any
 import hashlib
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -108,6 +109,14 @@ def read(path: Path) -> dict[str, Any]:
             found = type(content[name]).__name__ if name in content else "missing"
             raise ValueError(f"{path} is not a checkpoint: its {name} is {found}, not of type {kind.__name__}")
     return content
+
+
+def how_to_go_on(folder: Path) -> str:
+    """What is saved, and the command that goes on from there."""
+    saved = paths(folder)
+    if not saved:
+        return "nothing is saved yet: run the same command again"
+    return f"update {update_of(saved[0])} is saved; to resume: expire-span {shlex.quote(f'resume={folder}')}"
 
 
 def update_of(path: Path) -> int:

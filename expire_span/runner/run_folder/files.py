@@ -28,6 +28,9 @@ def lock(folder: Path) -> Iterator[None]:
     clusters, the folder is used without one.
     """
     path = Path(folder) / ".lock"
+    for name in (".lock", ".hydra", "metrics.jsonl", "run.log"):
+        if (Path(folder) / name).is_symlink():
+            raise ValueError(f"{Path(folder) / name} is a link, and what it points to would be overwritten; remove it")
     file_lock = FileLock(path, timeout=0)
     try:
         file_lock.acquire()
@@ -40,11 +43,18 @@ def lock(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        with suppress(OSError):
-            path.write_text(str(os.getpid()))
+        with suppress(OSError), open(path, "r+", opener=open_without_links) as file:
+            if os.fstat(file.fileno()).st_nlink == 1:  # else another name of the same file would be overwritten
+                file.truncate()
+                file.write(str(os.getpid()))
         yield
     finally:
         file_lock.release()
+
+
+def open_without_links(path: str, flags: int) -> int:
+    """An opener for `open` that follows no link from a run folder to a file elsewhere."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
@@ -85,7 +95,7 @@ def check_same_vocab(folder: Path, task: Any) -> None:
 def append_metrics(path: Path, row: Mapping[str, float]) -> None:
     """Append one line of numbers to metrics.jsonl."""
     line = json.dumps({name: _check_number(name, value) for name, value in row.items()}, allow_nan=False) + "\n"
-    with explain_write_error(path), open(path, "a", encoding="utf-8") as file:
+    with explain_write_error(path), open(path, "a", encoding="utf-8", opener=open_without_links) as file:
         file.write(line)
 
 
@@ -141,17 +151,17 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+class WriteError(OSError):
+    """A file of a run folder could not be written."""
+
+
 @contextmanager
 def explain_write_error(path: Path) -> Iterator[None]:
-    """Make a failed write say which file it was, and what is not lost."""
+    """Make a failed write say which file it was."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(
-            f"{path} could not be written ({reason}); the last checkpoint is kept: free some space, then "
-            f"resume with expire-span resume={Path(path).parent}"
-        ) from None
+        raise WriteError(f"{path} could not be written ({error.strerror or error})") from None
 
 
 def _is_final_row(row: Mapping[str, Any]) -> bool:
