@@ -104,6 +104,20 @@ def test_a_zip_archive_is_its_members_in_order_and_nothing_is_written(tmp_path):
         ("a.lzma", b"no archive", "cannot be unpacked"),
         ("a.GZ", b"", "cannot be unpacked"),
     ],
+    ids=[
+        "7z",
+        "rar",
+        "lz4",
+        "compress",
+        "tar",
+        "tgz",
+        "gz_twice",
+        "gz_in_zip",
+        "damaged_zip",
+        "damaged_bz2",
+        "not_lzma",
+        "empty",
+    ],
 )
 @pytest.mark.parametrize("in_folder", [False, True], ids=["file", "folder"])
 def test_what_cannot_be_unpacked_is_refused_by_name(tmp_path, name, content, message, in_folder):
