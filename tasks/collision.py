@@ -20,7 +20,9 @@ colors drawn uniformly. The data are many short simulations rather than a single
 from one simulation into the next.
 """
 
+import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from .base import IGNORE_INDEX, SPLITS, Batch, Task
 from .data_cache import cached_array
 
 TIMESTEPS_AT_ONCE = 1_000_000  # generated in one piece
+SAMPLE_SIMULATIONS, SAMPLE_LENGTH = 16, 2_000  # whose content tells versions of the generator apart
 
 
 class Collision(Task):
@@ -109,6 +112,16 @@ class Collision(Task):
         self.cache_name = f"collision-grid{grid_size}-colors{num_colors}-change{color_change_prob}"
         self.cache_name += f"-last{last_collision_question_fraction}-velocity{velocity_std}"
 
+    @cached_property
+    def generator_hash(self) -> str:
+        """A hash of a sample, part of the name of the cached data: another version of the generator makes others."""
+        sample = self.simulate(np.random.default_rng(self.seed), SAMPLE_SIMULATIONS, SAMPLE_LENGTH)
+        return hashlib.sha256(sample.tobytes() + str(TIMESTEPS_AT_ONCE).encode()).hexdigest()[:8]
+
+    @cached_property
+    def data_info(self) -> dict[str, str]:  # type: ignore[override]  # of the finished task
+        return {"generator": self.generator_hash}
+
     @property
     def first_tokens(self) -> np.ndarray:  # (fields,): the token for value 0 of each field
         return np.cumsum([0, *self.field_sizes[:-1]])
@@ -140,7 +153,7 @@ class Collision(Task):
             for first in range(0, simulations, at_once):
                 yield self.simulate(rng, min(at_once, simulations - first), length)
 
-        name = f"{self.cache_name}-{split}-{simulations}x{length}-seed{self.seed}"
+        name = f"{self.cache_name}-{split}-{simulations}x{length}-seed{self.seed}-{self.generator_hash}"
         return cached_array(name, (simulations, length), self.record, pieces)
 
     def simulate(self, rng: np.random.Generator, simulations: int, length: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .base import SPLITS
-from .data_cache import cache_dir, cached_file, download
+from .data_cache import cache_dir, cached_file, check_is_file, download, read_json, user_path
 
 URL = "https://parl.ai/downloads/light/light-dialog-processed-small7.pkl"
 SIZE, SHA256 = 145_780_274, "7c83cf49818586db9999ea67a4a6ad087afbd91c26ed629a9f00e21d0b84058f"
@@ -43,7 +43,8 @@ def load_pickle(file: BinaryIO, name: str) -> Any:
     try:
         return DataUnpickler(file).load()
     except Exception as error:  # a damaged or malicious pickle can cause any
-        raise ValueError(f"{name} is not a pickle of plain data, and is not run ({error})") from None
+        reason = str(error)[:100].encode("unicode_escape").decode()  # it may quote the content
+        raise ValueError(f"{name} is not a pickle of plain data, and is not run ({reason})") from None
 
 
 def load_dialogue(source: str | Path | None) -> dict[str, list[str]]:
@@ -64,33 +65,42 @@ def load_dialogue(source: str | Path | None) -> dict[str, list[str]]:
         archive = cache_dir() / "light-dialog-processed-small7.pkl"
         extracted = cache_dir() / "light-utterances.json"
         cached_file(extracted, lambda: [extract(download(URL, archive, SIZE, SHA256))])
-        return json.loads(extracted.read_bytes())
-    path, name = Path(source).expanduser(), f"task.dialogue={source}"
-    if not path.exists():
-        raise FileNotFoundError(f"{name} does not exist (looked at {path.absolute()})")
+        content = read_json(extracted, str(extracted))
+        if not isinstance(content, dict) or not all(is_list_of_strings(content.get(split)) for split in SPLITS):
+            raise ValueError(f"{extracted} does not hold the utterances of each split: delete it and run again")
+        return content
+    path, name = user_path(source), f"task.dialogue={source}"
     if path.suffix == ".pkl":
+        check_is_file(path, name)
         return json.loads(extract(path))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{name} is not JSON ({error})") from None
-    if not isinstance(content, list) or not all(isinstance(utterance, str) for utterance in content):
+    content = read_json(path, name)
+    if not is_list_of_strings(content):
         raise ValueError(f"{name} must hold a list of strings, got {str(content)[:60]}")
     return dict.fromkeys(SPLITS, content)
+
+
+def is_list_of_strings(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(utterance, str) for utterance in content)
 
 
 def extract(path: Path) -> bytes:
     """The utterances of each split, as JSON, of a pickle of LIGHT's dialogues."""
     with open(path, "rb") as file:
         dialogues = load_pickle(file, str(path))
+    if not isinstance(dialogues, list) or not dialogues:
+        what = "nothing" if not dialogues else type(dialogues).__name__
+        raise ValueError(f"{path} must hold a list of LIGHT's dialogues, it holds {what}")
     shuffled = [number for number in SHUFFLED if number < len(dialogues)]
     random.Random(42).shuffle(shuffled)
     numbers = {"test": shuffled[:NUM_TEST], "valid": shuffled[NUM_TEST : NUM_TEST + NUM_VALID]}
     held_out = {*numbers["test"], *numbers["valid"]}
     numbers["train"] = [number for number in range(len(dialogues)) if number not in held_out]
     try:
-        return json.dumps({split: list(utterances(dialogues, numbers[split])) for split in SPLITS}).encode()
-    except (KeyError, TypeError) as error:
+        split_utterances = {split: list(utterances(dialogues, numbers[split])) for split in SPLITS}
+        if not all(map(is_list_of_strings, split_utterances.values())):
+            raise ValueError(f"{path} does not hold LIGHT's dialogues (an utterance is not a string)")
+        return json.dumps(split_utterances).encode()
+    except (LookupError, TypeError) as error:
         raise ValueError(f"{path} does not hold LIGHT's dialogues (no {error})") from None
 
 

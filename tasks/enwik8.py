@@ -5,14 +5,12 @@
 Every byte of a split but the first is scored, in bits per byte.
 """
 
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from .base import SPLITS, Task
-from .data_cache import CHUNK, cache_dir, cached_file, check_file, download
+from .data_cache import cache_dir, cached_file, check_file, download, unpack, user_path
 from .token_stream import TokenStream
 
 URL = "http://mattmahoney.net/dc/enwik8.zip"
@@ -39,11 +37,11 @@ class Enwik8(Task):
     scoring = "token"
 
     def __init__(self, data_dir: str | Path | None = None):
-        folder = Path(data_dir).expanduser() if data_dir else cache_dir()
+        folder = user_path(data_dir) if data_dir else cache_dir()
         path = folder / "enwik8"
         if not path.exists():
             archive = download(URL, folder / "enwik8.zip", ZIP_SIZE, ZIP_SHA256)
-            cached_file(path, lambda: unpack(archive))
+            cached_file(path, lambda: unpack(archive, "enwik8"))
         check_file(path, SIZE, SHA256)
         content = np.memmap(path, np.uint8, mode="r")
         self.splits = dict(zip(SPLITS, np.split(content, [SIZE // 100 * 90, SIZE // 100 * 95]), strict=True))
@@ -51,9 +49,3 @@ class Enwik8(Task):
     def stream(self, split: str, batch_size: int, block_size: int) -> TokenStream:
         name = f"enwik8's {split} split"
         return TokenStream(self.splits[split], batch_size, block_size, endless=split == "train", name=name)
-
-
-def unpack(archive: Path) -> Iterator[bytes]:
-    with zipfile.ZipFile(archive) as file, file.open("enwik8") as member:
-        while chunk := member.read(CHUNK):
-            yield chunk

@@ -6,9 +6,10 @@ chapel -- great hall -- kitchen
                |
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
+
+from .data_cache import read_json, user_path
 
 ROOMS = {  # with the rooms that their exits lead to
     "market square": ("bakery", "smithy", "castle gate", "mill road"),
@@ -78,23 +79,20 @@ def load_map(path: str | Path | None, num_rooms: int | None = None, num_agents: 
 
 def read_map(path: str | Path, name: str) -> tuple[dict[str, str], dict[str, tuple[str, ...]], list[str]]:
     """Of a map of LIGHT's, the names and the exits of the rooms, by their keys, and the names of the agents."""
-    file = Path(path).expanduser()
-    if not file.exists():
-        raise FileNotFoundError(f"{name} does not exist (looked at {file.absolute()})")
+    content = read_json(user_path(path), name)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
         nodes, rooms = content["nodes"], content["rooms"]
         names = {room: nodes[room]["name"].lower() for room in rooms}
         exits = {room: tuple(nodes[room]["neighbors"]) for room in rooms}
         agents = [nodes[agent]["name"].lower() for agent in content["agents"]]
     except KeyError as error:
         raise ValueError(f"{name} has no key {error}; a map has rooms, agents and nodes with names, exits") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{name} is not a map of LIGHT's ({error})") from None
     if not rooms:
         raise ValueError(f"{name} has no rooms")
     for room, room_exits in exits.items():
         for exit in room_exits:
-            if exit not in names:
+            if not isinstance(exit, str) or exit not in names:
                 raise ValueError(f"{name}: an exit of {room!r} leads to {exit!r}, which is not one of its rooms")
     return names, exits, agents

@@ -24,7 +24,19 @@ import numpy as np
 from tqdm import tqdm
 
 from .base import SPLITS, Task
-from .data_cache import HubError, cache_dir, cached_file, check_file, fetch, file_lock, read_hub, write
+from .data_cache import (
+    HubError,
+    cache_dir,
+    cached_file,
+    check_file,
+    fetch,
+    file_lock,
+    map_tokens,
+    read_hub,
+    read_json,
+    user_path,
+    write,
+)
 from .text import NUM_CODE_POINTS, code_points, utf8_bytes
 from .token_stream import TokenStream
 
@@ -80,7 +92,7 @@ class PG19(Task):
     ):
         if on_missing not in ("download", "skip"):
             raise ValueError(f"task.on_missing must be download or skip, got {on_missing}")
-        self.folder = Path(data_dir).expanduser() if data_dir else cache_dir() / "pg19"
+        self.folder = user_path(data_dir) if data_dir else cache_dir() / "pg19"
         published = read_index()
         if num_books is not None and not 1 <= num_books <= len(published["train"]):
             raise ValueError(f"task.num_books must be from 1 to {len(published['train']):,}, got {num_books}")
@@ -98,7 +110,7 @@ class PG19(Task):
         counts = "-".join(str(len(self.books[split])) for split in SPLITS)
         key = hashlib.sha256(repr(self.books).encode()).hexdigest()[:8]
         self.prepared = cache_dir() / f"pg19-{counts}-{key}"
-        content = json.loads(cached_file(self.prepared / "vocab.json", self.build_vocab).read_bytes())
+        content = read_survey(cached_file(self.prepared / "vocab.json", self.build_vocab))
         self.vocab: str = content["vocab"]
         self.vocab_size = self.num_classes = len(self.vocab) + 1
         self.data_info: dict[str, dict[str, int]] = {
@@ -145,7 +157,7 @@ class PG19(Task):
             with file_lock(path):
                 if not path.exists():
                     self.append_tokens(split, lengths, path.with_suffix(".part")).replace(path)
-        return np.memmap(path, np.uint16, mode="r")
+        return map_tokens(path, np.uint16, sum(lengths))
 
     def append_tokens(self, split: str, lengths: list[int], part: Path) -> Path:
         """Append the tokens that the file `part` lacks; an interrupted process may have written only part of a book."""
@@ -185,8 +197,7 @@ class PG19(Task):
             return path
         part = partial_path(path)
         part.touch()  # one published book is empty, and no server sends a range of nothing
-        fetch(f"{URL}/{book.path}", part, path, book.size, progress_bar=False)
-        check_file(part, book.size, book.sha256)
+        fetch(f"{URL}/{book.path}", part, path, book.size, book.sha256, progress_bar=False)
         return part.replace(path)
 
     def download_from_hub(self, split: str) -> None:
@@ -220,6 +231,20 @@ def partial_path(path: Path) -> Path:
     """Where this process writes a file until it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
+def read_survey(path: Path) -> dict[str, Any]:
+    """What `PG19.build_vocab` has written. Raises ValueError if it is anything else."""
+    content = read_json(path, str(path))
+    try:
+        counts = [content[split][name] for split in SPLITS for name in ("bytes", "characters", "unknown")]
+        counts += [length for split in SPLITS for length in content["lengths"][split]]
+        is_survey = isinstance(content["vocab"], str) and all(type(count) is int and count >= 0 for count in counts)
+    except (TypeError, LookupError):
+        is_survey = False
+    if not is_survey:
+        raise ValueError(f"{path} does not hold a vocabulary and counts: delete it and run again")
+    return content
 
 
 def read_index() -> dict[str, list[Book]]:

@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from .data_cache import CHUNK
+from .data_cache import CHUNK, user_path
 
 HEAD = 8192  # bytes that show what a file is
 FORMATS = {  # how each format begins
@@ -77,7 +77,7 @@ def read_texts(path: str | Path, skipped: list[str]) -> Iterator[tuple[str, Iter
         OSError: if it cannot be read.
         ValueError: if it is not a file or folder, cannot be unpacked, or is UTF-16.
     """
-    root = Path(os.path.expanduser(path))
+    root = user_path(path)
     for file in find_files(path, skipped):
         try:
             stream = open(file, "rb")  # noqa: SIM115 (closed below)
@@ -99,7 +99,7 @@ def read_texts(path: str | Path, skipped: list[str]) -> Iterator[tuple[str, Iter
 
 def find_files(path: str | Path, skipped: list[str]) -> list[Path]:
     """The file at a path or, if it is a folder, the files in it, in the order of their paths."""
-    root = Path(os.path.expanduser(path))
+    root = user_path(path)
     try:
         mode = root.stat().st_mode
         if stat.S_ISDIR(mode):

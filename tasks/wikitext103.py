@@ -6,7 +6,6 @@ Words are separated by whitespace, as published, and <eos> ends each line. Every
 scored, the ends of lines too: perplexity is of these, as in the literature.
 """
 
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,7 +16,17 @@ import numpy as np
 from tqdm import tqdm
 
 from .base import SPLITS, Task
-from .data_cache import CHUNK, HubError, cache_dir, cached_file, download, read_hub
+from .data_cache import (
+    HubError,
+    cache_dir,
+    cached_file,
+    check_is_file,
+    download,
+    map_tokens,
+    read_hub,
+    unpack,
+    user_path,
+)
 from .token_stream import TokenStream
 
 HUB_DATASET = ("Salesforce/wikitext", "wikitext-103-v1")
@@ -52,24 +61,35 @@ class Wikitext103(Task):
 
     def __init__(self, data_dir: str | Path | None = None):
         prepared = cache_dir() / "wikitext103"
-        folder = Path(data_dir).expanduser() if data_dir else prepared
+        folder = user_path(data_dir) if data_dir else prepared
         texts = {split: folder / f"wiki.{split}.tokens" for split in SPLITS}
         token_files = {split: prepared / f"{split}.int32" for split in SPLITS}
         if not all(path.exists() for path in token_files.values()):
             provide_texts(texts)
         vocab_file = cached_file(prepared / "words.txt", partial(build_vocab, texts["train"]))
-        self.vocab = vocab_file.read_text(encoding="utf-8").splitlines()
+        self.vocab = read_vocab(vocab_file)
         self.vocab_size = self.num_classes = len(self.vocab)
         token_of = {word: token for token, word in enumerate(self.vocab)}
         self.splits = {}
         for split, path in token_files.items():
             cached_file(path, partial(encode, texts[split], token_of, NUM_WORDS[split]))
-            self.splits[split] = np.memmap(path, np.int32, mode="r")
+            self.splits[split] = map_tokens(path, np.int32, NUM_WORDS[split])
         self.data_info = {split: {"words": len(tokens)} for split, tokens in self.splits.items()}
 
     def stream(self, split: str, batch_size: int, block_size: int) -> TokenStream:
         name = f"Wikitext-103's {split} split"
         return TokenStream(self.splits[split], batch_size, block_size, endless=split == "train", name=name)
+
+
+def read_vocab(path: Path) -> list[str]:
+    """The words in a file, one per line. Raises ValueError if they are not as many as published."""
+    check_is_file(path, str(path))
+    try:
+        words = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); delete it and run again") from None
+    check_count(path, "words", len(words), VOCAB_SIZE)
+    return words
 
 
 def provide_texts(texts: dict[str, Path]) -> None:
@@ -85,7 +105,7 @@ def provide_texts(texts: dict[str, Path]) -> None:
                 download(URL, archive, ZIP_SIZE, ZIP_SHA256)
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{path} is missing, and {error}") from None
-            cached_file(path, partial(unpack, archive, path.name))
+            cached_file(path, partial(unpack, archive, f"wikitext-103/{path.name}"))
 
 
 def hub_text(split: str) -> Iterator[bytes]:
@@ -103,14 +123,9 @@ def hub_text(split: str) -> Iterator[bytes]:
         raise HubError(f"{HUB_DATASET[0]} has {num_words:,} words in {split}, not the published {NUM_WORDS[split]:,}")
 
 
-def unpack(archive: Path, name: str) -> Iterator[bytes]:
-    with zipfile.ZipFile(archive) as file, file.open(f"wikitext-103/{name}") as member:
-        while chunk := member.read(CHUNK):
-            yield chunk
-
-
 def read_lines(path: Path) -> Iterator[list[str]]:
     """The words of each line, and its end."""
+    check_is_file(path, str(path))
     with (
         open(path, encoding="utf-8") as file,
         tqdm(desc=path.name, total=path.stat().st_size, unit="B", unit_scale=True, disable=None) as bar,

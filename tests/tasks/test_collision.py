@@ -138,8 +138,10 @@ def test_simulations_are_generated_once_and_read_from_disk(cache, monkeypatch):
     first = small().records("train")
     assert isinstance(first, np.memmap)
     assert [file.suffix for file in cache.iterdir() if file.suffix != ".lock"] == [".npy"]
+    again = small(merge_fields=True)
+    assert again.data_info == {"generator": again.generator_hash}  # of a sample
     monkeypatch.setattr(Collision, "simulate", None)
-    assert (small(merge_fields=True).records("train") == first).all()
+    assert (again.records("train") == first).all()
 
 
 @pytest.mark.parametrize(

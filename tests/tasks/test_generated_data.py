@@ -56,6 +56,20 @@ def test_generated_streams_have_not_changed(monkeypatch, tmp_path, task, argumen
     assert digest(tensors) == expected
 
 
+@pytest.mark.parametrize(("task", "arguments"), [(Collision, COLLISION), (CollisionEasy, EASY)])
+def test_cached_data_of_another_version_of_the_generator_are_not_used(monkeypatch, tmp_path, task, arguments):
+    monkeypatch.setenv("EXPIRE_SPAN_CACHE", str(tmp_path))
+    before, same = task(**arguments), task(**arguments)
+    assert (before.records("test") == same.records("test")).all()
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+    whole_quadrants = task.quadrants
+    monkeypatch.setattr(task, "quadrants", lambda self, cells: 3 - whole_quadrants(self, cells))
+    after = task(**arguments)
+    assert (before.records("test")["answer"] != after.records("test")["answer"]).any()
+    assert len(list(tmp_path.glob("*.npy"))) == 2
+    assert before.data_info == same.data_info != after.data_info
+
+
 @pytest.mark.parametrize(
     ("task", "expected"),
     [(Corridor(observe_last_action=True, **CORRIDOR), "ae18c2949c7bb237"), (Portal(**PORTAL), "b8d7ebbc08f1b6e6")],
