@@ -66,7 +66,7 @@ class TaskDefaults:
     curriculum_stage: float | None = None  # difficulty of the training episodes that begin from now on; None: constant
 
     def update_curriculum(self, progress: float) -> None:
-        """Make training harder once the model has learned enough. Called at every logging interval.
+        """Make training harder once the model has learned enough. Called every `train.curriculum_interval` updates.
 
         Args:
             progress: Mean training accuracy (an `RLTask`: mean of its `progress_metric`) since the last call;

@@ -125,6 +125,8 @@ def train_step(trainer: Trainer) -> None:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     trainer.update += 1
+    if trainer.update % config.train.curriculum_interval == 0:
+        trainer.objective.advance_curriculum()
     trainer.timer.add("update", start)
 
 

@@ -71,13 +71,14 @@ PAPER_SIZE = {  # of each task, with Expire-Span: our choice; the released code
     "copy": (
         f"{LANGUAGE_MODEL} num_layers hidden_size num_heads feedforward_size dropout pre_norm; {EVAL};"
         "memory: ramp alpha init_span_ratio random_drop; optimizer: _target_ lr; lr_schedule: warmup_updates name;"
-        "train: updates batch_size block_size grad_clip; task: episode_length initial_episode_length max_count"
+        "train: updates batch_size block_size grad_clip curriculum_interval;"
+        "task: episode_length initial_episode_length max_count"
         " curriculum_threshold curriculum_max_intervals num_eval_episodes",
         "model: pre_div",
     ),
     "instruction": (
         f"{LANGUAGE_MODEL} feedforward_size dropout; {EVAL}; memory: max_span random_drop; lr_schedule: name;"
-        "train: updates batch_size block_size grad_clip;"
+        "train: updates batch_size block_size grad_clip curriculum_interval;"
         "task: map_path initial_distractors curriculum_threshold eval_tokens",
         "memory: init_span_ratio; transformer: pre_norm; task: instruction_prob max_pending; model: pre_div",
     ),

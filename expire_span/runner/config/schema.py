@@ -66,6 +66,7 @@ class TrainConfig:
     block_size: int
     grad_accumulation: int
     grad_clip: float | None
+    curriculum_interval: int = 20  # folders of earlier runs do not have it
 
 
 @dataclass
@@ -146,6 +147,7 @@ MINIMUM = {
     "train.batch_size": 1,
     "train.block_size": 1,
     "train.grad_accumulation": 1,
+    "train.curriculum_interval": 1,
     "actor_critic.update_epochs": 1,
     "eval.batch_size": 1,
     "eval.block_size": 1,

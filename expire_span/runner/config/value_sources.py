@@ -93,7 +93,7 @@ def is_used(key: str, config: DictConfig, memory_keys: set[str]) -> bool:
         return config.lr_schedule.final_updates > 0
     if name == "embedding_std":
         return config.transformer.cutoffs is None
-    if section == "task" and name.startswith("curriculum_"):
+    if name.startswith("curriculum_"):
         return any(key.startswith("initial_") and value is not None for key, value in config.task.items())
     return True
 

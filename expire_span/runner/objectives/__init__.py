@@ -5,7 +5,8 @@ __init__(task, config, device, averager, timer)
 loss(model, state, span_loss_scale, progress) -> loss, state
                                             processes one block (or learns once more from a rollout) and adds its
                                             metrics to the averager; progress goes from 0 to 1 over the training
-summarize(means) -> metrics                 the metrics of a logging interval; also advances the task's curriculum
+summarize(means) -> metrics                 the metrics of a logging interval
+advance_curriculum()                        tells the task how well the model has done since the last call
 time_metrics(counts, milliseconds) -> metrics
                                             perf/ms_per_... and perf/tokens_per_second, from what the timer measured;
                                             beside its own phases there is "update", a whole training step

@@ -52,6 +52,7 @@ class ActorCritic:
         self.rollout: Rollout = {}
         self.epoch = 0  # how often the rollout has been learned from
         self.blocks = 0  # rollouts collected
+        self.progress = MetricAverager()  # of the episodes that ended since the curriculum's last decision
 
     def loss(self, model: Any, state: State, span_loss_scale: float, progress: float) -> tuple[Tensor, State]:
         """The loss on the current rollout, after collecting it if need be; the state advances after its last epoch."""
@@ -63,7 +64,9 @@ class ActorCritic:
                 self.rollout, _, episodes = collect_rollout(model, state, self.envs, self.generator, num_steps)
             self.timer.add("rollout", start)
             self.blocks += 1
-            self.averager.add({name: value for name, value in episodes.items() if name.startswith("rl/")})
+            episodes = {name: value for name, value in episodes.items() if name.startswith("rl/")}
+            self.averager.add(episodes)
+            self.progress.add(episodes)
         rollout = self.rollout
         model.train()
         with autocast(self.config, self.device):
@@ -101,12 +104,16 @@ class ActorCritic:
         return loss + span_loss, state
 
     def summarize(self, means: Metrics) -> Metrics:
-        """The means of a logging interval, per finished episode; advances the task's curriculum."""
+        """The means of a logging interval, per finished episode."""
         metrics = per_episode(means)
         if self.task.curriculum_stage is not None:
             metrics["train/curriculum_stage"] = self.task.curriculum_stage
-        self.task.update_curriculum(metrics.get(f"rl/{self.task.progress_metric}", math.nan))
         return metrics
+
+    def advance_curriculum(self) -> None:
+        """Tell the task the mean of its `progress_metric` over the episodes that ended since the last call."""
+        metrics = per_episode(self.progress.pop_means())
+        self.task.update_curriculum(metrics.get(f"rl/{self.task.progress_metric}", math.nan))
 
     def time_metrics(self, counts: Counter[str], milliseconds: Counter[str]) -> Metrics:
         """The time of a block of experience: of its rollout, and of that together with all epochs of learning from it.
@@ -157,6 +164,7 @@ class ActorCritic:
             "rollout": self.rollout,
             "epoch": self.epoch,
             "blocks": self.blocks,
+            "progress": self.progress.values(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -164,6 +172,7 @@ class ActorCritic:
         self.generator.set_state(state["generator"].cpu())
         self.rollout = {name: tensor.to(self.device) for name, tensor in state["rollout"].items()}
         self.epoch, self.blocks = state["epoch"], state["blocks"]
+        self.progress.load_values(state["progress"])
 
 
 @torch.no_grad()

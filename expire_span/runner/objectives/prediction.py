@@ -34,6 +34,7 @@ class Prediction:
             task.stream(split, config.eval.batch_size, config.eval.block_size)
         self.stream = task.stream("train", config.train.batch_size, config.train.block_size)
         self.blocks = 0
+        self.progress = MetricAverager()  # accuracy since the curriculum's last decision
 
     def loss(self, model: Any, state: State, span_loss_scale: float, progress: float) -> tuple[Tensor, State]:
         """Mean cross-entropy of the next block's targets, plus the scaled span loss; and the state after the block."""
@@ -46,6 +47,7 @@ class Prediction:
         if predictions is not None:
             correct, scored, _ = score_predictions(predictions, batch, self.task.scoring)
             metrics["train/accuracy"] = (correct & scored).sum() / scored.sum()
+            self.progress.add({"accuracy": metrics["train/accuracy"]})
         self.averager.add(metrics)
         return loss + span_loss, state
 
@@ -69,14 +71,17 @@ class Prediction:
             self.timer.add("memory_block", start)
 
     def summarize(self, means: Metrics) -> Metrics:
-        """The means of a logging interval, with the task's own metric; advances the task's curriculum."""
+        """The means of a logging interval, with the task's own metric."""
         task, accuracy = self.task, means.pop("train/accuracy", math.nan)
         value = loss_to_metric(task.metric, means["train/loss"], accuracy, task.bytes_per_token("train"))
         metrics = {**means, f"train/{task.metric}": value}
         if task.curriculum_stage is not None:
             metrics["train/curriculum_stage"] = task.curriculum_stage
-            task.update_curriculum(accuracy)
         return metrics
+
+    def advance_curriculum(self) -> None:
+        """Tell the task the training accuracy since the last call."""
+        self.task.update_curriculum(self.progress.pop_means().get("accuracy", math.nan))
 
     def time_metrics(self, counts: Counter[str], milliseconds: Counter[str]) -> Metrics:
         """The time of a training step per block, and apart from it that of a block that only fills the memory."""
@@ -122,11 +127,12 @@ class Prediction:
         return {f"{split}/{name}": value for name, value in metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stream": self.stream.state_dict(), "blocks": self.blocks}
+        return {"stream": self.stream.state_dict(), "blocks": self.blocks, "progress": self.progress.values()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
         self.blocks = state["blocks"]
+        self.progress.load_values(state["progress"])
 
 
 def loss_and_predictions(
