@@ -1,5 +1,6 @@
 """The model: a decoder-only Transformer whose layers have memories (section 3). Models differ in mechanism only."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -238,6 +239,11 @@ class Transformer(nn.Module):
     def mechanisms(self) -> list[Mechanism]:
         """The memory mechanism of each layer."""
         return [cast(TransformerBlock, layer).mechanism for layer in self.layers]
+
+    def max_reach(self, span_cap: int | None = None) -> int:
+        """Return the largest distance, in timesteps, at which a query of some layer can see a memory."""
+        caps = [math.inf if span_cap is None else math.ceil(span_cap + each.ramp) - 1 for each in self.mechanisms]
+        return int(max(min(each.max_reach, cap) for each, cap in zip(self.mechanisms, caps, strict=True)))
 
     def initial_state(self, batch_size: int) -> State:
         """Return the state at timestep 0, in which all memories are empty."""

@@ -37,6 +37,10 @@ class Compressive(Mechanism):
         pooled_rows = max_span + torch.arange(compressed_size + 1).repeat_interleave(compression_rate)
         self.rows = torch.cat([torch.arange(max_span), pooled_rows])  # the c distances of a pooled state share a row
 
+    @property
+    def max_reach(self) -> int:
+        return self.max_span + self.compression_rate * (self.compressed_size + 1) - 1  # of the oldest state in a mean
+
     def pool(self, memory: Memory, time: Tensor) -> Memory:
         """Pool the groups of c states whose oldest state leaves the last L timesteps during this block."""
         batch_size, block_size, rate = memory.offsets.shape[-1] - 1, len(time), self.compression_rate

@@ -1,5 +1,7 @@
 """The interface of a memory mechanism; everything else in a model is shared (section 5.1)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,12 @@ class Mechanism(nn.Module):
         self.max_span, self.ramp, self.num_positions = max_span, ramp, num_positions
         self.rows: Tensor | None
         self.register_buffer("rows", None, persistent=False)
+
+    @property
+    def max_reach(self) -> int:
+        """The largest distance, in timesteps, at which a query can see a memory of this layer."""
+        faded = math.ceil(self.max_span + self.ramp) - 1
+        return faded if self.max_distance is None else min(faded, self.max_distance)
 
     def pool(self, memory: Memory, time: Tensor) -> Memory | None:
         """Make additional memories out of existing ones, such as means of several.

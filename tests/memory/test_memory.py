@@ -1,6 +1,7 @@
 """Memories: exact deletion, closed forms of size and loss, independence of the block size, bad input."""
 
 import inspect
+import math
 import re
 from textwrap import dedent
 from types import SimpleNamespace
@@ -124,6 +125,29 @@ def test_a_memory_of_expire_span_with_e_near_max_span_fades_over_a_ramp_beyond_i
     for tokens in torch.randint(5, (2, 60)).split(6, 1):
         _, state, metrics = model(tokens, state)
     assert metrics["memory/size"] == metrics["memory/held"] == 20 + 8 - 1
+
+
+@pytest.mark.parametrize("kind", ["expire_span", "adaptive_span", "trans_xl", "compressive"])
+def test_max_reach_is_the_farthest_distance_at_which_a_token_changes_an_output(kind):
+    mechanism = {
+        "expire_span": ExpireSpan(8, max_span=12, ramp=4.5, alpha=0.0, num_positions=4, init_span_ratio=0.5),
+        "adaptive_span": AdaptiveSpan(2, max_span=12, ramp=4, alpha=0.0, init_span_ratio=1.0),
+        "trans_xl": TransXL(12),
+        "compressive": Compressive(8, compressed_size=2, compression_rate=3),
+    }[kind]
+    if kind == "expire_span":
+        torch.nn.init.constant_(mechanism.bias, 50.0)  # spans of L
+    config = TransformerConfig(vocab_size=5, hidden_size=8, num_heads=2, feedforward_size=8)
+    model = Transformer(config, [mechanism]).double().eval()
+    tokens = torch.randint(5, (1, 60))
+    outputs, farthest = run_in_blocks(model, tokens, 4)[0], 0
+    for position in range(20, 24):
+        changed_tokens = tokens.clone()
+        changed_tokens[0, position] = (tokens[0, position] + 1) % 5
+        changed = (run_in_blocks(model, changed_tokens, 4)[0] - outputs)[0].abs().amax(-1) > 1e-12  # (time,)
+        farthest = max(farthest, int(changed.nonzero().max()) - position)
+    assert farthest == model.max_reach()
+    assert model.max_reach(span_cap=5) == min(farthest, 4 + math.ceil(mechanism.ramp))
 
 
 def test_expire_span_keeps_different_numbers_per_sample_and_layer(tokens):

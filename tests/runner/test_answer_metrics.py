@@ -53,6 +53,14 @@ def test_in_training_a_line_is_scored_where_it_ends_by_its_words_in_the_block():
     assert distance[0, [0, 4]].tolist() == [40, 40]
 
 
+def test_beyond_reach_is_the_share_of_answers_farther_back_than_the_model_reaches():
+    for max_reach, share in ((40, 0.0), (39, 0.5), (7, 0.75)):
+        answers = AnswerMetrics("line", torch.device("cpu"), max_reach)
+        for predictions, batch in batches(5):
+            answers.add(torch.zeros(0), predictions, batch)
+        assert answers.metrics("accuracy", 1.0)["beyond_reach"] == share
+
+
 def test_word_accuracy_is_given_for_lines_only():
     answers = AnswerMetrics("token", torch.device("cpu"))
     for predictions, batch in batches(8):

@@ -31,12 +31,15 @@ def assert_trains(config, folder):
     metrics = train(config, folder)
     assert math.isfinite(metrics.get("test/loss", 0.0))  # there is none where the model acts
     assert metrics["test/memory/size"] > 0
+    return metrics
 
 
 @pytest.mark.parametrize("model", config_options("model"))
 @pytest.mark.parametrize("task", [*SMALL_TASKS, "text"])
 def test_every_model_trains_on_every_task(task, model, tmp_path, text):
-    assert_trains(tiny_config(f"model={model}", "train.updates=2", task=task, text=text), tmp_path / "run")
+    metrics = assert_trains(tiny_config(f"model={model}", "train.updates=2", task=task, text=text), tmp_path / "run")
+    if task in ("copy", "collision", "collision_easy", "corridor"):  # those that know how far back an answer lies
+        assert 0 <= metrics["test/beyond_reach"] < 1
 
 
 @pytest.mark.parametrize("size", config_options("size"))

@@ -76,16 +76,28 @@ def score_lines(correct: Tensor, line_id: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class AccuracyByDistance:
-    """Counts answers and correct answers by how far back the answer lies, in bins between powers of two."""
+    """Counts answers and correct answers by how far back the answer lies, in bins between powers of two.
 
-    def __init__(self, device: torch.device):
+    Args:
+        max_reach: timesteps; answers farther back are out of the model's reach, but for what its layers pass on.
+    """
+
+    def __init__(self, device: torch.device, max_reach: float):
         self.counts = torch.zeros(2, NUM_BINS, dtype=torch.long, device=device)  # answers, correct answers
+        self.max_reach = max_reach
+        self.num_beyond = torch.zeros((), dtype=torch.long, device=device)
 
     def add(self, correct: Tensor, scored: Tensor, distance: Tensor) -> None:
         """All three of one shape; distance in timesteps."""
         bins = distance.clamp(min=1).float().log2().long()
         for row, mask in enumerate((scored, scored & correct)):
             self.counts[row] += torch.bincount(bins[mask], minlength=NUM_BINS)
+        self.num_beyond += (scored & (distance > self.max_reach)).sum()
+
+    def beyond_reach(self) -> Metrics:
+        """Share of the answers that are out of reach, as beyond_reach; nothing without answers."""
+        answers = int(self.counts[0].sum())
+        return {"beyond_reach": self.num_beyond.item() / answers} if answers else {}
 
     def accuracies(self) -> Metrics:
         """Accuracy of each bin that has answers, as distance_LOW_HIGH."""
@@ -100,15 +112,15 @@ class AnswerMetrics:
     """Accumulates loss and accuracy over the blocks of an evaluation.
 
     A line may begin in one block and end in a later one. A line that is unfinished at the end of the split is not
-    counted.
+    counted. `max_reach` is that of the model, see `AccuracyByDistance`.
     """
 
-    def __init__(self, scoring: str, device: torch.device):
+    def __init__(self, scoring: str, device: torch.device, max_reach: float = math.inf):
         self.scoring = scoring
         self.nats = torch.zeros((), dtype=torch.float if device.type == "mps" else torch.double, device=device)
         self.counts = torch.zeros(3, dtype=torch.long, device=device)  # targets, answers, correct answers
         self.words = torch.zeros(2, dtype=torch.long, device=device)  # of lines: words, words predicted correctly
-        self.by_distance = AccuracyByDistance(device)
+        self.by_distance = AccuracyByDistance(device, max_reach)
         self.last_word: tuple[Tensor, ...] | None = None  # of the previous block: correct so far, line id, distance
 
     def add(self, losses: Tensor, predictions: Tensor | None, batch: Batch) -> None:
@@ -153,6 +165,7 @@ class AnswerMetrics:
             words, correct_words = self.words.tolist()
             metrics["word_accuracy"] = ratio(correct_words, words)
         if metric in ACCURACY_METRICS:
+            metrics |= self.by_distance.beyond_reach()
             for name, accuracy in self.by_distance.accuracies().items():
                 metrics[f"{metric}_{name}"] = loss_to_metric(metric, math.nan, accuracy)
         return metrics

@@ -143,7 +143,8 @@ class ActorCritic:
         envs = task.make_envs(config.eval.batch_size, device, split=split)
         generator = torch.Generator(device).manual_seed(config.seed)
         state, averager = model.initial_state(config.eval.batch_size), MetricAverager()
-        by_distance, block_size = AccuracyByDistance(device), config.eval.block_size
+        by_distance = AccuracyByDistance(device, model.max_reach(config.eval.get("span_cap")))
+        block_size = config.eval.block_size
         steps_left = config.eval.max_blocks * block_size  # in which counted episodes may begin
         while steps_left > 0 or (envs.steps > -steps_left).any():
             with autocast(config, device):
@@ -154,6 +155,7 @@ class ActorCritic:
             averager.add(means)
             steps_left -= block_size
         metrics = per_episode(averager.pop_means())
+        metrics |= by_distance.beyond_reach()
         metrics |= {f"rl/success_{name}": value for name, value in by_distance.accuracies().items()}
         return {f"{split}/{name}": value for name, value in metrics.items()}
 

@@ -101,7 +101,8 @@ class Prediction:
     def evaluate(model: Any, task: Task, split: str, config: DictConfig, device: torch.device) -> Metrics:
         """Metrics split/... of a split, or of its first `eval.max_blocks` blocks, starting with empty memories."""
         model.eval()
-        answers, averager = AnswerMetrics(task.scoring, device), MetricAverager()
+        answers = AnswerMetrics(task.scoring, device, model.max_reach(config.eval.get("span_cap")))
+        averager = MetricAverager()
         state = model.initial_state(config.eval.batch_size)
         stream = task.stream(split, config.eval.batch_size, config.eval.block_size)
         for index, batch in enumerate(stream):
