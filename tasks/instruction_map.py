@@ -50,6 +50,9 @@ def load_map(path: str | Path | None, num_rooms: int | None = None, num_agents: 
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a map, or too small.
     """
+    for key, number in (("num_rooms", num_rooms), ("num_agents", num_agents)):
+        if number is not None and number < 1:
+            raise ValueError(f"task.{key} must be at least 1, got {number}; for all use null")
     name = "the built-in map" if path is None else f"task.map_path={path}"
     if path is None:
         names, exits, agents = {room: room for room in ROOMS}, dict(ROOMS), list(AGENTS)

@@ -68,7 +68,7 @@ class Text(Task):
     ):
         if tokenizer not in ("byte", "char"):
             raise ValueError(f"task.tokenizer must be byte or char, got {tokenizer}")
-        if valid_fraction < 0 or test_fraction < 0 or valid_fraction + test_fraction >= 1:
+        if not (valid_fraction >= 0 and test_fraction >= 0 and valid_fraction + test_fraction < 1):
             values = f"got {valid_fraction} and {test_fraction}"
             raise ValueError(f"task.valid_fraction and task.test_fraction must leave a share for training, {values}")
         self.path, self.tokenizer = path, tokenizer

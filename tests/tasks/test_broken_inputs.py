@@ -17,7 +17,7 @@ import pytest
 
 from expire_span.tasks import dialogue, enwik8, pg19, wikitext103
 from expire_span.tasks.collision import Collision
-from expire_span.tasks.dialogue import load_dialogue
+from expire_span.tasks.dialogue import extract, load_dialogue
 from expire_span.tasks.enwik8 import Enwik8
 from expire_span.tasks.instruction_map import load_map
 from expire_span.tasks.pg19 import PG19, Book
@@ -219,6 +219,22 @@ def test_broken_inputs_end_in_one_line_or_work(cache, monkeypatch, record_proper
             path.chmod(0o644)
     print(f"{counts.total()} broken inputs: {dict(counts)}")
     assert counts.total() > 1000
+
+
+def test_what_is_prepared_from_published_files_has_not_changed(cache, monkeypatch):
+    """If it is meant to change, change the names of these files too, so that those of before are not read."""
+    files = readers(cache, monkeypatch)
+    contents = {name: files[name][1] for name in ("survey", "tokens of books", "words", "tokens of words")}
+    path = cache.parent / "d.pkl"
+    path.write_bytes(pickle.dumps(DIALOGUES))
+    contents["LIGHT's utterances"] = extract(path)
+    assert {name: hashlib.sha256(content).hexdigest()[:8] for name, content in contents.items()} == {
+        "LIGHT's utterances": "365651ba",
+        "survey": "0fbdf491",
+        "tokens of books": "4027b435",
+        "tokens of words": "fab2f21b",
+        "words": "3be79df1",
+    }
 
 
 def test_no_pickle_is_loaded_but_for_plain_data():

@@ -296,6 +296,8 @@ def test_a_file_that_is_not_a_map_is_refused_in_one_line(tmp_path, content, mess
         ({"instruction_prob": 0.0}, "task.instruction_prob must be above 0 and at most 1, got 0.0"),
         ({"max_pending": 0}, "task.max_pending must be at least 1 instruction, got 0"),
         ({"num_rooms": 1}, "room 'market square' has no exits"),
+        ({"num_rooms": -1}, "task.num_rooms must be at least 1, got -1; for all use null"),
+        ({"num_agents": -1}, "task.num_agents must be at least 1, got -1"),
         ({"num_agents": 2}, "has 2 agents with task.num_agents=2"),
         ({"eval_tokens": 0}, "task.eval_tokens must be at least 1, got 0"),
         ({"seed": -1}, "seed must not be negative, got -1"),

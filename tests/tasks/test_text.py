@@ -147,6 +147,8 @@ def test_an_unknown_tokenizer_and_impossible_fractions_are_refused_by_name(file)
         Text(file, tokenizer="word")
     with pytest.raises(ValueError, match=r"task\.valid_fraction and task\.test_fraction must leave a share"):
         Text(file, valid_fraction=0.5, test_fraction=0.5)
+    with pytest.raises(ValueError, match=r"task\.valid_fraction and task\.test_fraction .*, got nan and 0.05"):
+        Text(file, valid_fraction=float("nan"))
 
 
 def test_a_text_that_is_too_short_is_refused_with_the_length_needed(file):
