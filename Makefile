@@ -1,5 +1,6 @@
 # make demo   three models on a laptop's CPU, and prints a table and a plot
 # make test   the test suite               make test-slow   the training checks, minutes each
+# make test-faults   kills and damages hundreds of runs, and compares each with an uninterrupted one: a quarter of an hour
 # make check  ruff check and format, mypy  make docs        the documentation, as a site in docs/_build
 # make bench  time and memory of a step    make clean       remove what these made
 #
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SUITABLE = import torch; v = torch.__version__.split("+")[0].split(".")[:2]; raise SystemExit((int(v[0]), int(v[1])) < (2, 11))
 
-.PHONY: setup demo test test-slow check docs bench clean
+.PHONY: setup demo test test-slow test-faults check docs bench clean
 
 setup: .venv/ready
 
@@ -43,6 +44,9 @@ test: setup .venv/triton
 
 test-slow: setup
 	$(BIN)/pytest -n auto -m slow --durations=0
+
+test-faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m faults tests/faults
 
 check: setup
 	$(BIN)/ruff check .

@@ -87,7 +87,8 @@ def train(
 def step_log_and_save(trainer: Trainer, log_metrics: Callable[[Metrics], None], stop: StopHandler) -> None:
     """One update, and what is due after it."""
     config = trainer.config
-    try_step(trainer)
+    with explain_divergence(trainer):
+        train_step(trainer)
     is_last = trainer.update == config.train.updates
     if is_last or trainer.update % config.run.log_every == 0:
         log_metrics(interval_metrics(trainer))
@@ -98,15 +99,6 @@ def step_log_and_save(trainer: Trainer, log_metrics: Callable[[Metrics], None], 
         trainer.save_if_best(metrics)
     if is_last or stop.number is not None or trainer.update % config.run.checkpoint_every == 0:
         trainer.save_checkpoint()
-
-
-def try_step(trainer: Trainer) -> None:
-    """`train_step`. If it fails because an earlier update has diverged, as sampling actions does, that is raised."""
-    try:
-        train_step(trainer)
-    except RuntimeError:
-        trainer.check_finite()
-        raise
 
 
 def train_step(trainer: Trainer) -> None:
@@ -140,7 +132,21 @@ def interval_metrics(trainer: Trainer) -> Metrics:
 
 def evaluate(trainer: Trainer, split: str) -> Metrics:
     """The metrics of one split under the current weights."""
-    return trainer.objective.evaluate(trainer.forward, trainer.task, split, trainer.config, trainer.device)
+    with explain_divergence(trainer):
+        return trainer.objective.evaluate(trainer.forward, trainer.task, split, trainer.config, trainer.device)
+
+
+@contextmanager
+def explain_divergence(trainer: Trainer) -> Iterator[None]:
+    """Let the failure to sample an action say that the training has diverged."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):  # the message of torch.multinomial
+            raise
+        trainer.check_finite()
+        problem = f"no action can be sampled with the weights after update {trainer.update}"
+        raise trainer.diverged(problem, last_good_update=trainer.update - 1) from None
 
 
 def training_costs(folder: Path) -> Metrics:

@@ -255,6 +255,19 @@ def test_weights_that_are_no_longer_finite_after_the_last_update_end_the_run_wit
         trainer.save_checkpoint()
 
 
+def test_actions_that_cannot_be_sampled_are_reported_as_divergence(tmp_path):
+    config = tiny_config("train.updates=3", "run.checkpoint_every=1", "run.log_every=10", task="corridor")
+    train(config, tmp_path)
+    trainer = Trainer(config, tmp_path)
+    assert trainer.load_checkpoint()
+    with torch.no_grad():
+        trainer.model.output_head.weight.fill_(3e38)  # finite, but no more than that
+    with pytest.raises(
+        ValueError, match="no action can be sampled .* after update 3; .* good checkpoint is .* update 2"
+    ):
+        evaluate(trainer, "test")
+
+
 def test_a_final_evaluation_that_is_not_a_number_ends_the_run_with_an_error(tmp_path):
     trainer = Trainer(tiny_config(), tmp_path)
     with torch.no_grad():

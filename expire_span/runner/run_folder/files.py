@@ -60,7 +60,8 @@ def open_without_links(path: str, flags: int) -> int:
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
     """Write texts, given by their paths in the folder."""
     for name, text in texts.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with explain_write_error(folder / name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name, text.encode())
 
 
