@@ -113,12 +113,12 @@ def run_job(config: DictConfig) -> None:
 
 
 def check_size_of_experiment(choices: Any, overrides: list[str]) -> None:
-    """Raises ValueError if another size is asked for than the experiment's, whose spans are made for its own."""
+    """Raises ValueError if a task, model or size is asked for beside an experiment: its spans are made for its own."""
     for override in overrides:
-        if choices.get("experiment") and override.startswith("size="):
+        if choices.get("experiment") and override.startswith(("task=", "model=", "size=", "recipe=")):
             raise ValueError(
-                f"experiment={choices['experiment']} brings its own size; omit {override}, or choose task, model "
-                "and size without an experiment"
+                f"experiment={choices['experiment']} brings its own {override.partition('=')[0]}; omit {override}, or "
+                "choose task, model and size without an experiment"
             )
 
 

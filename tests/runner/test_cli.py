@@ -209,6 +209,9 @@ def test_a_sweep_does_not_resume(monkeypatch):
         (["run.device=tpu"], "run.device=tpu is not available here"),
         (["model=compressive", "model.max_span=8"], "model.max_span=8 is too short for blocks of 32"),
         (["experiment=table1_expire_span_128k", "size=mini"], "brings its own size; omit size=mini"),
+        (["experiment=table1_expire_span_128k", "task=collision"], "brings its own task; omit task=collision"),
+        (["model=trans_xl", "experiment=table1_expire_span_128k"], "brings its own model; omit model=trans_xl"),
+        (["experiment=table5_expire_span", "recipe=copy/mini"], "brings its own recipe; omit recipe=copy/mini"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
