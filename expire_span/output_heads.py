@@ -14,7 +14,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast:
-    """Return a context without autocast, because torch's adaptive softmax accepts no mixture of dtypes."""
+    """Return a context without autocast, on the tensor's device."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -62,7 +62,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Compute the cross-entropy of each target in nats: hidden (n, d), targets (n,) -> (n,)."""
-        with without_autocast(hidden):
+        with without_autocast(hidden):  # torch's adaptive softmax accepts no mixture of dtypes
             return -self.softmax(at_least_float32(hidden), targets).output
 
     def log_probs(self, hidden: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .kernels.packed_layout import NEVER, sample_index
 from .memory.mechanism import Mechanism, memory_size, visible_distances
 from .memory.packed import Memory, concatenate_parts, empty, from_dense, keep_rows, with_max_age
 from .memory_attention import MemoryAttention
-from .output_heads import AdaptiveSoftmax, LinearHead
+from .output_heads import AdaptiveSoftmax, LinearHead, without_autocast
 
 POSITION_MULTIPLE = 64  # rows of the position table
 
@@ -314,7 +314,8 @@ class Transformer(nn.Module):
             (B, T, d)
         """
         if tokens.is_floating_point():
-            return tokens.to(self.embedding.weight.dtype) @ self.embedding.weight
+            with without_autocast(tokens):  # as for tokens, so that hidden states and memories are float32
+                return tokens.to(self.embedding.weight.dtype) @ self.embedding.weight
         if isinstance(self.output_head, AdaptiveSoftmax):
             embedded = self.output_head.embed(tokens)
         else:

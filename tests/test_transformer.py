@@ -83,6 +83,36 @@ def test_dropout_and_random_drop_are_for_training_only():
     assert not torch.equal(first, second)
 
 
+INPUTS = {  # of every kind of task, (B, T, ...)
+    "tokens": torch.randint(7, (2, 16)),
+    "fields": torch.randint(7, (2, 16, 3)),
+    "observations": torch.randint(2, (2, 16, 7)).float(),
+}
+
+
+@pytest.mark.parametrize("pre_norm", [False, True], ids=["post_norm", "pre_norm"])
+@pytest.mark.parametrize("kind", [*INPUTS, "adaptive_input"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_memories_are_float32_under_bfloat16_autocast_whatever_the_input(kind, pre_norm, training):
+    config = TransformerConfig(7, 8, 2, 16, pre_norm=pre_norm, cutoffs=[3] if kind == "adaptive_input" else None)
+    expire_span = ExpireSpan(8, 64, 8.0, 0.1, num_positions=8)
+    model = Transformer(config, [expire_span, Compressive(32, 4), AdaptiveSpan(2, 30, 4.0, 0.1)]).train(training)
+    state = model.initial_state(2)
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(4):
+            _, state, metrics = model(INPUTS.get(kind, INPUTS["tokens"]), state)
+    assert {memory.hidden.dtype for memory in state["layers"]} == {torch.float32}
+    assert metrics["span_loss"].dtype == torch.float32
+
+
+def test_an_observation_is_embedded_as_the_sum_of_its_words_also_under_autocast():
+    model = Transformer(CONFIG, [TransXL(4)])
+    words = INPUTS["observations"]
+    with torch.autocast("cpu", torch.bfloat16):
+        embedded = model.embed(words)
+    assert_equal("embedding", embedded, (words[..., None] * model.embedding.weight).sum(2))
+
+
 def test_a_model_without_layers_is_refused():
     with pytest.raises(ValueError, match="mechanisms must be one per layer"):
         Transformer(CONFIG, [])

@@ -1,4 +1,4 @@
-"""Averages of metrics over a logging interval."""
+"""Averages of metrics over a logging interval or an evaluation."""
 
 import math
 from collections import defaultdict
@@ -42,3 +42,34 @@ class MetricAverager:
             means[name] = sum(numbers) / len(numbers) if numbers else math.nan
         self.values_by_name.clear()
         return means
+
+
+class RunningMeans:
+    """Means of metrics over any number of blocks: the values are summed up from time to time, and not kept."""
+
+    BLOCKS_PER_SUM = 64  # each sum copies values from the device
+
+    def __init__(self) -> None:
+        self.recent = MetricAverager()
+        self.blocks = 0
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        """Add one value of each metric, a number or a scalar tensor."""
+        self.recent.add(metrics)
+        self.blocks += 1
+        if self.blocks % self.BLOCKS_PER_SUM == 0:
+            self.sum_up()
+
+    def sum_up(self) -> None:
+        for name, values in self.recent.values().items():
+            numbers = [value for value in values if not math.isnan(value)]
+            self.sums[name] = sum(numbers, start=self.sums.get(name, 0.0))
+            self.counts[name] = self.counts.get(name, 0) + len(numbers)
+        self.recent = MetricAverager()
+
+    def means(self) -> Metrics:
+        """The mean of each metric, without its NaNs (NaN if there is nothing else)."""
+        self.sum_up()
+        return {name: total / self.counts[name] if self.counts[name] else math.nan for name, total in self.sums.items()}

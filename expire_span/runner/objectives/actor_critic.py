@@ -24,7 +24,7 @@ from ...output_heads import at_least_float32
 from ...transformer import State
 from ..build import autocast
 from ..logging.answer_metrics import AccuracyByDistance
-from ..logging.metrics import MetricAverager, Metrics
+from ..logging.metrics import MetricAverager, Metrics, RunningMeans
 from ..logging.performance import StepTimer
 
 Rollout = dict[str, Tensor]  # (B, T) each; observation (B, T, vocab_size); next_value (B,)
@@ -142,7 +142,7 @@ class ActorCritic:
         """
         envs = task.make_envs(config.eval.batch_size, device, split=split)
         generator = torch.Generator(device).manual_seed(config.seed)
-        state, averager = model.initial_state(config.eval.batch_size), MetricAverager()
+        state, averager = model.initial_state(config.eval.batch_size), RunningMeans()
         by_distance = AccuracyByDistance(device, model.max_reach(config.eval.get("span_cap")))
         block_size = config.eval.block_size
         steps_left = config.eval.max_blocks * block_size  # in which counted episodes may begin
@@ -154,7 +154,7 @@ class ActorCritic:
             del means["span_loss"]
             averager.add(means)
             steps_left -= block_size
-        metrics = per_episode(averager.pop_means())
+        metrics = per_episode(averager.means())
         metrics |= by_distance.beyond_reach()
         metrics |= {f"rl/success_{name}": value for name, value in by_distance.accuracies().items()}
         return {f"{split}/{name}": value for name, value in metrics.items()}

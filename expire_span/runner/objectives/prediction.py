@@ -14,7 +14,7 @@ from expire_span.tasks.base import IGNORE_INDEX, Batch, Task
 from ...transformer import State
 from ..build import autocast
 from ..logging.answer_metrics import ACCURACY_METRICS, AnswerMetrics, loss_to_metric, score_predictions
-from ..logging.metrics import MetricAverager, Metrics
+from ..logging.metrics import MetricAverager, Metrics, RunningMeans
 from ..logging.performance import StepTimer
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Prediction:
         """Metrics split/... of a split, or of its first `eval.max_blocks` blocks, starting with empty memories."""
         model.eval()
         answers = AnswerMetrics(task.scoring, device, model.max_reach(config.eval.get("span_cap")))
-        averager = MetricAverager()
+        averager = RunningMeans()
         state = model.initial_state(config.eval.batch_size)
         stream = task.stream(split, config.eval.batch_size, config.eval.block_size)
         for index, batch in enumerate(stream):
@@ -121,7 +121,7 @@ class Prediction:
             raise ValueError(
                 f"{split}/loss is {answers.nats.item()}: the weights have diverged; try a lower optimizer.lr"
             )
-        means = averager.pop_means()
+        means = averager.means()
         timesteps_per_block = means.pop("timesteps")
         metrics = answers.metrics(task.metric, task.bytes_per_token(split), task.extra_metrics)
         metrics |= {name: mean / timesteps_per_block for name, mean in means.items()}
