@@ -3,6 +3,7 @@
 # make test-faults   kills and damages hundreds of runs, and compares each with an uninterrupted one: a quarter of an hour
 # make check  ruff check and format, mypy  make docs        the documentation, as a site in docs/_build
 # make bench  time and memory of a step    make clean       remove what these made
+# make audit  known vulnerabilities of the pinned packages, as pip-audit knows them
 #
 # The torch build (CPU or CUDA) is yours to choose: install it into .venv, or beside the python below, and setup takes it.
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SUITABLE = import torch; v = torch.__version__.split("+")[0].split(".")[:2]; raise SystemExit((int(v[0]), int(v[1])) < (2, 11))
 
-.PHONY: setup demo test test-slow test-faults check docs bench clean
+.PHONY: setup demo test test-slow test-faults check docs bench clean audit
 
 setup: .venv/ready
 
@@ -63,6 +64,10 @@ docs: setup .venv/docs
 	@$(BIN)/python -c 'import sphinx, myst_parser, furo, latex2mathml' 2>/dev/null \
 	  || $(BIN)/python -m pip install -q -c .venv/constraints.txt -e '.[docs]'
 	@touch $@
+
+audit: setup
+	@$(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit
+	.venv/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf .venv build dist demo docs/_build docs/_generated *.egg-info .pytest_cache .mypy_cache .ruff_cache

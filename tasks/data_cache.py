@@ -27,9 +27,16 @@ TIMEOUT = 30  # seconds without an answer
 
 
 def cache_dir() -> Path:
-    """The folder of all files that are downloaded or generated once: $EXPIRE_SPAN_CACHE, or the user's cache folder."""
+    """The folder of all files that are downloaded or generated once: $EXPIRE_SPAN_CACHE, or the user's cache folder.
+
+    Raises:
+        OSError: the user has no home folder.
+    """
     folder = os.environ.get("EXPIRE_SPAN_CACHE")
-    return user_path(folder) if folder else user_cache_path("expire-span")
+    try:
+        return user_path(folder) if folder else user_cache_path("expire-span")
+    except RuntimeError:
+        raise OSError("there is no home folder to keep files in; set EXPIRE_SPAN_CACHE to a folder") from None
 
 
 def user_path(path: str | Path) -> Path:

@@ -24,6 +24,8 @@ from .errors import USER_ERRORS, exit_with_message, one_line, root_cause
 from .evaluate import evaluate_run
 from .load_run import load_config
 from .logging.wandb_logger import MAX_NAME_LENGTH
+from .output import keep_running_without_output
+from .preemption import requeue_after_saving
 from .run_folder import checkpoint
 from .run_folder.files import lock, write_texts
 from .stop_signals import Stopped, ignore_further_signals, stop_signals
@@ -36,6 +38,9 @@ GROUPS = ("task", "model", "size", "recipe", "experiment")
 def main() -> None:
     """The console command. User errors are one line; HYDRA_FULL_ERROR=1 shows their traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors itself and exits
+    sys.argv[0] = "expire-span"  # as Hydra's usage names it, also for `python -m expire_span`
+    os.environ.setdefault("LOGNAME", str(os.getuid()))  # of a user without an entry, whose name torch.compile asks for
+    keep_running_without_output()
     with stop_signals():
         run_command()
 
@@ -56,6 +61,8 @@ def run_command() -> None:
         raise
     except Exception as error:
         exit_with_message(error)
+    finally:
+        sys.stdout.flush()  # what the interpreter could not write at its end would change the exit code
 
 
 class InstalledConfigs(SearchPathPlugin):
@@ -70,7 +77,8 @@ class InstalledConfigs(SearchPathPlugin):
 def hydra_main(config: DictConfig) -> None:
     """One run, alone or as a job of a sweep, whose error then names the job."""
     try:
-        run_job(config)
+        with requeue_after_saving():
+            run_job(config)
     except Exception as error:
         job = HydraConfig.get().job
         if OmegaConf.is_missing(job, "num"):

@@ -65,11 +65,13 @@ def main() -> None:
         f"to standard error, every {REPORT_EVERY:,} tokens and at the end.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder of a text task")
-    parser.add_argument("--prompt", default="\n", help="the text to continue")
+    parser.add_argument("--prompt", default="\n", help="the text to continue (default: a line break)")
     parser.add_argument("--max-new-tokens", type=int, default=500, help="how many to generate (default 500)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="above 1: more random; 0: the most likely")
-    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens only")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="above 1: more random; 0: the most likely (default 1)"
+    )
+    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens only (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampled tokens (default 0)")
     parser.add_argument("--tokens", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.tokens:
@@ -98,7 +100,8 @@ def print_generated_text(model: Transformer, task: Task, options: argparse.Names
     start_time = last_report = time.perf_counter()
     tokens = generate(model, prompt, options.temperature, options.top_k, options.seed)
     for count, (token, _, metrics) in enumerate(tokens, start=1):
-        sys.stdout.buffer.write(decode(token))
+        text = decode(token)
+        sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()
         if count % REPORT_EVERY == 0 or count == options.max_new_tokens:
             now = time.perf_counter()
@@ -109,6 +112,8 @@ def print_generated_text(model: Transformer, task: Task, options: argparse.Names
             last_report = now
         if count == options.max_new_tokens:
             break
+    if not text.endswith(b"\n"):
+        print()
     if options.max_new_tokens > REPORT_EVERY:
         print(f"[{options.max_new_tokens / (time.perf_counter() - start_time):.0f} tokens/s in all]", file=sys.stderr)
 

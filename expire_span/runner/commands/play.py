@@ -63,8 +63,8 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--steps", type=int, default=100, help="timesteps to watch (default 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the environment and of the sampled actions")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds between timesteps")
+    parser.add_argument("--seed", type=int, default=0, help="of the environment and of the sampled actions (default 0)")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between timesteps (default 0)")
     options = parser.parse_args()
     try:
         if options.steps < 1 or options.pause < 0 or options.seed < 0:

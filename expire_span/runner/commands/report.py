@@ -5,6 +5,7 @@ task and model do not explain it: settings under `model.` where one model has se
 """
 
 import argparse
+import difflib
 import operator
 import re
 import statistics
@@ -131,7 +132,8 @@ def parse_threshold(text: str, known: Sequence[str]) -> tuple:
         raise ValueError(f"threshold {text!r} must look like 'test/accuracy>=0.95'")
     metric, comparison, value = match.groups()
     if known and metric not in known:
-        raise ValueError(f"threshold {text!r}: no run has a metric {metric!r}; there are {', '.join(sorted(known))}")
+        similar = difflib.get_close_matches(metric, known, n=5, cutoff=0.3) or sorted(known)[:5]
+        raise ValueError(f"threshold {text!r}: no run has a metric {metric!r}, but for example {', '.join(similar)}")
     return metric, COMPARISONS[comparison], float(value)
 
 
