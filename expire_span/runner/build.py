@@ -19,7 +19,8 @@ def setup_runtime(config: DictConfig) -> torch.device:
     run = config.run
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(run.deterministic)
+    if run.deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports all of torch.compile
+        torch.use_deterministic_algorithms(run.deterministic)
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
     torch.manual_seed(config.seed)
