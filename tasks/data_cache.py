@@ -17,26 +17,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import pooch
 from filelock import FileLock
-from platformdirs import user_cache_path
 from requests import HTTPError, RequestException, Response, Timeout
 from tqdm import tqdm
+
+from expire_span.cache_folder import cache_dir
 
 CHUNK = 1 << 20  # bytes
 USER_AGENT = "Mozilla/5.0 (expire-span)"  # some servers refuse everything but browsers
 TIMEOUT = 30  # seconds without an answer
-
-
-def cache_dir() -> Path:
-    """The folder of all files that are downloaded or generated once: $EXPIRE_SPAN_CACHE, or the user's cache folder.
-
-    Raises:
-        OSError: the user has no home folder.
-    """
-    folder = os.environ.get("EXPIRE_SPAN_CACHE")
-    try:
-        return user_path(folder) if folder else user_cache_path("expire-span")
-    except RuntimeError:
-        raise OSError("there is no home folder to keep files in; set EXPIRE_SPAN_CACHE to a folder") from None
 
 
 def user_path(path: str | Path) -> Path:

@@ -12,13 +12,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
 from torch import Tensor
 
+from ..cache_folder import cache_dir
 from .inputs import AttentionInputs
 
 SOURCES = [Path(__file__).with_name("attention.cpp"), *sorted(Path(__file__).parent.glob("*.h"))]
-FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wfatal-errors"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 VECTOR_FLAGS = {"AVX2": AVX2, "AVX512": AVX512}  # by torch's names for what a CPU can do
@@ -42,26 +42,45 @@ def available() -> bool:
     """
     if sys.platform != "linux":
         return False
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
     try:
-        command = " ".join(compile_command(compiler, Path()))
-        cache_key = command + torch.__version__ + "".join(source.read_text() for source in SOURCES)
-        folder = user_cache_path("expire-span")
-        library = folder / f"attention-{hashlib.sha256(cache_key.encode()).hexdigest()[:16]}.so"
-        if not library.exists():
-            print("expire-span: compiling the attention for this CPU, once (some 20 seconds)", file=sys.stderr)
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                compiled = Path(scratch) / library.name
-                subprocess.run(compile_command(compiler, compiled), check=True, capture_output=True, text=True)
-                compiled.replace(library)  # atomic, as other processes may be compiling it too
-        torch.ops.load_library(library)
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        torch.ops.load_library(compiled_library())
+    except subprocess.CalledProcessError as error:
+        lines = (error.stderr or str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])
-        print(f"expire-span: attention takes twice as long, as its C++ did not compile: {reason}", file=sys.stderr)
-        return False
+        return unavailable(f"its C++ did not compile, which takes g++ 12 or later: {reason}")
+    except (OSError, RuntimeError) as error:
+        return unavailable(f"its C++ cannot be used: {str(error).splitlines()[0]}")
     return True
+
+
+def unavailable(reason: str) -> bool:
+    print(f"expire-span: attention takes twice as long, as {reason}", file=sys.stderr)
+    return False
+
+
+def compiled_library() -> Path:
+    """Return the operators as a shared library of the cache folder, which is compiled unless it is there and whole."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
+    command = " ".join(compile_command(compiler, Path()))
+    cache_key = command + torch.__version__ + "".join(source.read_text() for source in SOURCES)
+    library = cache_dir() / f"attention-{hashlib.sha256(cache_key.encode()).hexdigest()[:16]}.so"
+    if not is_whole(library):
+        print("expire-span: compiling the attention for this CPU, once (some 20 seconds)", file=sys.stderr)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            compiled = Path(scratch) / library.name
+            subprocess.run(compile_command(compiler, compiled), check=True, capture_output=True, text=True)
+            with compiled.open("r+b") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+                file.write(digest)  # at the end, where a loader does not look
+            compiled.replace(library)  # atomic, as other processes may be compiling it too
+    return library
+
+
+def is_whole(library: Path) -> bool:
+    """Return whether a library ends with the hash of what precedes it. Loading a damaged one can kill the process."""
+    content = library.read_bytes() if library.exists() else b""
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()
 
 
 @torch.no_grad()
