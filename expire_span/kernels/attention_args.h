@@ -17,6 +17,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t TILE_SCORES = 1 << 15, MIN_TILE_KEYS = 64;  // scores and keys that are worked on at a time
+constexpr int64_t MAX_TILE_QUERIES = 256;                     // likewise
 constexpr int64_t MIN_THREAD_WORK = 1 << 19;                  // multiplications that are worth a thread
 
 // The inputs of the attention, checked, and with all floating-point tensors in one dtype.
@@ -86,10 +87,13 @@ struct AttentionArgs {
     return 1 + MIN_THREAD_WORK / (1 + key.size(0) * block() * head_dim() / query.size(0));
   }
 
+  int64_t max_tile_queries() const { return std::min(block(), MAX_TILE_QUERIES); }
+
   // Not fewer keys than queries: the position scores of a tile cover as many distances as it has keys and queries.
   int64_t max_tile_keys() const {
-    const int64_t keys = TILE_SCORES / std::max<int64_t>(1, block()) / MIN_TILE_KEYS * MIN_TILE_KEYS;
-    return std::max({MIN_TILE_KEYS, keys, block() / MIN_TILE_KEYS * MIN_TILE_KEYS});
+    const int64_t queries = std::max<int64_t>(1, max_tile_queries());
+    const int64_t keys = TILE_SCORES / queries / MIN_TILE_KEYS * MIN_TILE_KEYS;
+    return std::max({MIN_TILE_KEYS, keys, queries / MIN_TILE_KEYS * MIN_TILE_KEYS});
   }
 
   // Refuses whatever would be read out of bounds.
@@ -138,6 +142,13 @@ struct Head {
   Head(const AttentionArgs& args, int64_t batch_head)
       : args(args), sample(batch_head / args.heads()), head(batch_head % args.heads()), rng(args.seed, batch_head) {}
 
+  // Calls visit(first query, number of queries) for one tile of the block after another.
+  template <typename Visit>
+  void for_query_tiles(const Visit& visit) const {
+    const int64_t block = args.block(), n = args.max_tile_queries();
+    for (int64_t first = 0; first < block; first += n) visit(first, std::min(n, block - first));
+  }
+
   // Calls visit(first row, number of rows) for one tile of its keys after another.
   template <typename Visit>
   void for_key_tiles(const Visit& visit) const {
@@ -178,10 +189,10 @@ struct Head {
     return all.data_ptr<real>() + head * all.size(1) + first;
   }
 
-  // The greatest age of a key within the reach of query t.
-  real max_age(int64_t t) const {
+  // The greatest age of a key within the reach of query t, as of query `first_t`.
+  real max_age(int64_t t, int64_t first_t) const {
     if (!args.reach) return std::numeric_limits<real>::infinity();
-    return static_cast<real>(args.reach->accessor<int64_t, 2>()[sample][t] - t);
+    return static_cast<real>(args.reach->accessor<int64_t, 2>()[sample][t] - (t - first_t));
   }
 
   // Draws the dropout factors of the next weights, 0 or 1 / (1 - dropout): the same in forward and backward.

@@ -23,20 +23,21 @@ struct PositionScores {
 
   bool any() const { return first_key < end_key; }
 
-  // Prepares for n keys, all of which are invisible at distances of `max_visible` or more.
-  void load(const AttentionArgs& args, const int64_t* ages, int64_t n, double max_visible) {
+  // Prepares for n keys and `block` queries from query `first_t` on. The keys are invisible at distances of `max_visible`
+  // or more.
+  void load(
+      const AttentionArgs& args, const int64_t* ages, int64_t n, int64_t first_t, int64_t block, double max_visible) {
     first_key = n, end_key = 0;
     if (!args.table) return;
     const double last_visible = std::ceil(max_visible * (1 + 1e-6)) - 1;  // with a margin for rounding
-    const int64_t block = args.block();
     const int64_t last = last_visible < args.max_distance ? static_cast<int64_t>(last_visible) : args.max_distance;
     int64_t min_age = last + 1, max_age = 1 - block;  // clamped to the ages that have a position score, and one more
     column.resize(n);
     for (int64_t s = 0; s < n; ++s) {
-      const int64_t age = std::clamp(ages[s], 1 - block, std::max(last + 1, 1 - block));
+      const int64_t age = std::clamp(ages[s] + first_t, 1 - block, std::max(last + 1, 1 - block));
       min_age = std::min(min_age, age), max_age = std::max(max_age, age);
       column[s] = static_cast<int32_t>(-age);
-      if (ages[s] <= last) first_key = std::min(first_key, s), end_key = s + 1;
+      if (ages[s] + first_t <= last) first_key = std::min(first_key, s), end_key = s + 1;
     }
     const int64_t columns = max_age - min_age + block, farthest = max_age + block - 1;  // distance of column 0
     const int64_t begin = std::max<int64_t>(0, farthest - last), end = std::min(columns, farthest);  // have a row
