@@ -53,12 +53,14 @@ class StopHandler:
             raise Stopped(self.number)
 
 
+def heeded_signals() -> list[int]:
+    """The signals that stop this process: not a SIGHUP that nohup has it ignore."""
+    return [n for n in NUMBERS if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+
+
 @contextmanager
 def stop_signals() -> Iterator[StopHandler]:
-    """Install a `StopHandler`, if this is the main thread and there is none yet.
-
-    A SIGHUP that nohup ignores stays ignored.
-    """
+    """Install a `StopHandler`, if this is the main thread and there is none yet."""
     installed = signal.getsignal(signal.SIGTERM)
     if isinstance(installed, StopHandler):
         yield installed
@@ -67,10 +69,7 @@ def stop_signals() -> Iterator[StopHandler]:
     if threading.current_thread() is not threading.main_thread():
         yield handler
         return
-    previous_handlers = {number: signal.getsignal(number) for number in NUMBERS}
-    for number, previous in previous_handlers.items():
-        if number == signal.SIGINT or previous != signal.SIG_IGN:
-            signal.signal(number, handler)
+    previous_handlers = {number: signal.signal(number, handler) for number in heeded_signals()}
     try:
         yield handler
     finally:

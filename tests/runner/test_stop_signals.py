@@ -113,6 +113,12 @@ def test_a_signal_outside_of_training_ends_with_one_word(monkeypatch, capsys):
     assert capsys.readouterr().err == "stopped\n"
 
 
+def test_a_run_under_nohup_outlives_its_terminal(folder, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    during(monkeypatch, training, "train_step", lambda: signal.raise_signal(signal.SIGHUP))
+    assert training.train(tiny_config(), folder)["test/loss"] > 0
+
+
 def test_training_leaves_the_handlers_of_the_program_that_calls_it(folder):
     before = [signal.getsignal(number) for number in stop_signals.NUMBERS]
     training.train(tiny_config(), folder)

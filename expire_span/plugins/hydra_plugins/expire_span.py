@@ -21,7 +21,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from expire_span.runner.errors import SHOW_TRACEBACK
-from expire_span.runner.stop_signals import Stopped
+from expire_span.runner.stop_signals import Stopped, heeded_signals
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
@@ -130,8 +130,7 @@ def received_signals() -> Iterator[list[int]]:
     """A list of the signals to stop that have arrived, in the place of their effect."""
     numbers: list[int] = []
     previous_handlers = {
-        number: signal.signal(number, lambda number, frame: numbers.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        number: signal.signal(number, lambda number, frame: numbers.append(number)) for number in heeded_signals()
     }
     try:
         yield numbers
