@@ -83,7 +83,8 @@ def metric_columns(runs: pd.DataFrame) -> list[str]:
 
 def _find_run_folders(root: Path) -> Iterator[Path]:
     for folder, subfolders, files in os.walk(root):
-        if ".hydra" in subfolders or {"summary.json", "run.log"} & set(files):
+        logged = "run.log" in files and os.path.getsize(os.path.join(folder, "run.log")) > 0
+        if ".hydra" in subfolders or "summary.json" in files or logged:
             yield Path(folder)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
 
@@ -96,7 +97,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
         row |= {name: str(summary[name]) for name in ("task", "model", "metric")}
         row |= {name: summary.get(name) for name in ("commit", "dirty", "started")}
         row |= {"seed": summary["protocol"].get("seed"), "finished": bool(summary["finished"])}
-        row["simplifications"] = list(summary.get("simplifications") or [])
+        row["simplifications"] = [str(note) for note in summary.get("simplifications") or []]
         if not row["finished"]:
             raise ValueError(f"unfinished{_last_update(folder)}")
         paper = {f"paper: {name}": value for name, value in (summary.get("paper") or {}).items()}
@@ -106,11 +107,22 @@ def _read_run(folder: Path) -> dict[str, Any]:
         sections = {name: summary.get(name) or {} for name in ("protocol", "data", "trained")}
         settings = dict(_flatten(_read_config(folder, summary) | sections))
         settings["evaluate"] = "another run" if settings.get("evaluate") else None
+        for name, value in (settings | row).items():
+            if name != "simplifications" and not _fits_into_a_cell(value):
+                raise ValueError(f"{name} is neither a text nor a number of at most 64 bits: {str(value)[:40]}")
         return settings | metrics | row
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        row["problem"] = reason if type(error) is ValueError else f"unreadable: {type(error).__name__}: {reason}"
-        return row
+        problem = reason if type(error) is ValueError else f"unreadable: {type(error).__name__}: {reason}"
+        readable = {name: value for name, value in row.items() if _fits_into_a_cell(value)}
+        return readable | {"problem": problem, "simplifications": row.get("simplifications", [])}
+
+
+def _fits_into_a_cell(value: Any) -> bool:
+    """Whether a table can hold a value: a text, or a number of at most 64 bits."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return value is None or isinstance(value, str | float)
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:

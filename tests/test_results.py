@@ -2,12 +2,14 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from run_folders import run_folder
 
 from expire_span.results import RUN_COLUMNS, load_metrics, load_runs, metric_columns, setting_columns
+from expire_span.runner.commands.report import markdown_report
 from expire_span.runner.run_folder.files import append_metrics, write_summary
 
 
@@ -150,3 +152,49 @@ def test_an_empty_metrics_file_is_an_empty_table(tmp_path):
 def test_the_package_and_the_files_of_a_run_do_without_pandas():
     code = "import sys, expire_span, expire_span.runner.run_folder.files; sys.exit('pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"protocol": {"seed": [1]}},
+        {"protocol": {"seed": 10**30}},
+        {"protocol": []},
+        {"commit": {"a": 1}},
+        {"simplifications": 7},
+        {"metrics": {"test/accuracy": 10**400}},
+        {"metrics": {"test/accuracy": [1]}},
+        {"metrics": "none"},
+        {"config": {"memory": {"alpha": 10**30}}},
+        {"task": {"name": ["copy"]}, "config": 5},
+    ],
+    ids=str,
+)
+def test_a_summary_with_values_of_wrong_types_is_one_line_and_the_others_are_shown(hostile, tmp_path):
+    run_folder(tmp_path / "good")
+    path = run_folder(tmp_path / "bad") / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | hostile))
+    runs = load_runs(tmp_path)
+    assert dict(zip(runs["folder"].map(lambda folder: Path(folder).name), runs["problem"] == "", strict=True)) == {
+        "good": True,
+        "bad": False,
+    }
+    table = markdown_report(runs)
+    assert "| 0.9 " in table
+    assert len([line for line in table.splitlines() if "bad" in line]) == 1
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "null", "[]", "7", "{", "\x00"])
+def test_a_summary_that_is_no_summary_is_one_line_and_the_others_are_shown(content, tmp_path):
+    run_folder(tmp_path / "good")
+    (run_folder(tmp_path / "bad") / "summary.json").write_text(content)
+    table = markdown_report(load_runs(tmp_path))
+    assert "| 0.9 " in table
+    assert len([line for line in table.splitlines() if "bad" in line]) == 1
+
+
+def test_a_folder_with_nothing_but_an_empty_log_is_no_run(tmp_path):
+    run_folder(tmp_path / "good")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "run.log").touch()
+    assert len(load_runs(tmp_path)) == 1
