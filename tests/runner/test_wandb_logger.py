@@ -91,6 +91,11 @@ def test_a_name_that_wandb_would_refuse_is_refused_before_the_run_begins(overrid
         tiny_config(override)
 
 
+def test_names_that_are_numbers_are_names():
+    config = tiny_config("wandb.project=2025", "wandb.tags=[2025]", "wandb.group=1")
+    assert (config.wandb.project, list(config.wandb.tags), config.wandb.group) == ("2025", ["2025"], "1")
+
+
 def test_the_variable_wandb_mode_decides_where_the_config_says_auto(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")

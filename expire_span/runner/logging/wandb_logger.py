@@ -17,10 +17,13 @@ MAX_NAME_LENGTH, MAX_TAG_LENGTH = 128, 64  # W&B's own limits, in characters
 
 
 def check_wandb(settings: DictConfig) -> None:
-    """Raises ValueError for a name that W&B would refuse later, when the run has begun."""
+    """Convert names such as 2025 to text. Raises ValueError for one that W&B would refuse when the run has begun."""
+    settings.tags = [str(tag) for tag in settings.tags]
     for key in ("project", "entity", "group"):
-        name = settings[key]
-        if name is not None and not 1 <= len(name) <= MAX_NAME_LENGTH:
+        if settings[key] is None:
+            continue
+        settings[key] = name = str(settings[key])
+        if not 1 <= len(name) <= MAX_NAME_LENGTH:
             raise ValueError(f"wandb.{key} must have 1 to {MAX_NAME_LENGTH} characters, got {len(name)}: {name!r}")
     if set(settings.project) & set("/\\#?%:"):
         raise ValueError(f"wandb.project must not contain any of / \\ # ? % :, got {settings.project!r}")
