@@ -1,15 +1,15 @@
-"""Runs `make test-faults` prints: what was done to runs, and how they came out of it."""
+"""Prints at the end of `make test-faults` what was done to runs, and how they came out of it."""
 
 from collections import Counter
 
-KINDS = "faults"  # the property in which a test reports its cases
+PROPERTY = "faults"  # in which a test reports a kind of fault and the outcomes of its cases
 
 
 def pytest_terminal_summary(terminalreporter):
     totals: dict[str, Counter] = {}
     for report in (*terminalreporter.stats.get("passed", ()), *terminalreporter.stats.get("failed", ())):
         for name, (kind, counts) in report.user_properties:
-            if name == KINDS:
+            if name == PROPERTY:
                 totals.setdefault(kind, Counter()).update(counts)
     if totals:
         terminalreporter.section("faults")

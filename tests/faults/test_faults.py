@@ -6,7 +6,6 @@
 import random
 import shutil
 import signal
-from collections import Counter
 
 import pytest
 from forked_run import DIED, differences, forked_run, result
@@ -55,14 +54,15 @@ def uninterrupted(tmp_path_factory):
 @pytest.fixture
 def count(record_property):
     """Counts the outcomes of a kind of fault, for the summary."""
-    counts: dict[str, Counter] = {}
+    counts: dict[str, dict[str, int]] = {}
 
     def add(kind, outcome):
-        counts.setdefault(kind, Counter())[outcome] += 1
+        if kind not in counts:
+            counts[kind] = {}
+            record_property("faults", (kind, counts[kind]))  # before the test ends, when the report is made
+        counts[kind][outcome] = counts[kind].get(outcome, 0) + 1
 
-    yield add
-    for kind, outcomes in counts.items():
-        record_property("faults", (kind, dict(outcomes)))
+    return add
 
 
 def assert_goes_on_exactly(config, folder, expected):

@@ -115,10 +115,6 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next_checkpoi
     assert not part.exists()
 
 
-def changed(content, **changes):
-    return content | changes
-
-
 CHANGES = {
     **{f"no {name}": lambda content, name=name: {k: v for k, v in content.items() if k != name}
        for name in checkpoint.ENTRY_TYPES},

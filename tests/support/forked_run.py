@@ -9,6 +9,7 @@ import signal
 import time
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -23,12 +24,13 @@ TRACEBACK = 99
 CONFIG_FILES = {".hydra/config.yaml": "text: of a config\n", ".hydra/overrides.yaml": "[]\n"}
 
 
-class Ended(Exception):
-    """How a process ended: its exit code, or minus the signal that killed it; what it said; seconds; operations."""
+class Ended(NamedTuple):
+    """How a process ended."""
 
-    def __init__(self, code, message, seconds, operations):
-        super().__init__(code, message)
-        self.code, self.message, self.seconds, self.operations = code, message, seconds, operations
+    code: int  # its exit code, or minus the number of the signal that killed it
+    message: str
+    seconds: float
+    operations: int  # file operations, see FileOperations
 
 
 def forked_run(config, folder, kill=None, delay=0.0, die_at=None, max_file_size=None):
