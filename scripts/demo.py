@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from expire_span.analysis import spans_over_time
-from expire_span.runner.load_run import load_config, load_run
+from expire_span.runner.load_run import load_run
 from expire_span.runner.logging.metrics import Metrics
+from expire_span.runner.run_folder.config_files import load_config
 from expire_span.runner.run_folder.files import read_summary
 
 LINE_STYLES: dict[str, dict] = {  # the last line is wide and pale, so that lines on top of it can be seen

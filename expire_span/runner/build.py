@@ -49,7 +49,10 @@ def select_device(name: str) -> torch.device:
         name = available[0]
     if name.split(":")[0] not in available:
         raise ValueError(f"run.device={name} is not available here; use one of {', '.join(available)}, or auto")
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except RuntimeError as error:  # such as a number that no device has
+        raise ValueError(f"run.device={name} is not available here ({str(error).splitlines()[0]})") from None
 
 
 def build_model(config: DictConfig, task: Any, device: torch.device) -> Transformer:
@@ -72,10 +75,26 @@ def build_optimizer(config: DictConfig, model: Transformer) -> Optimizer:
     groups = [{"params": other_parameters, "lr": lr}]
     if span_parameters:
         groups.append({"params": span_parameters, "lr": lr * config.lr_schedule.span_lr_factor})
+    check_optimizer(config)
     optimizer = instantiate(config.optimizer, groups)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def check_optimizer(config: DictConfig) -> None:
+    """Try the optimizer on a vector and a matrix: some need other gradients, a closure, or a device.
+
+    Raises ValueError, with its reason, if it does not take a step with them.
+    """
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2,), (2, 2))]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        instantiate(config.optimizer, parameters).step()
+    except Exception as error:  # as many kinds as there are optimizers
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"optimizer._target_={config.optimizer._target_} cannot train this model: {reason}") from None
 
 
 def autocast(config: DictConfig, device: torch.device) -> AbstractContextManager:

@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
@@ -18,21 +18,32 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from .config.former_names import check_current_names
+from .config.overrides import (
+    GROUPS,
+    apply_overrides,
+    is_below,
+    is_override,
+    parse,
+    quote,
+    quote_path,
+    sweep_folder_name,
+)
 from .config.schema import validate
-from .config.value_sources import value_sources
+from .config.value_sources import read_first, value_sources
 from .errors import USER_ERRORS, exit_with_message, one_line, root_cause
 from .evaluate import evaluate_run
-from .load_run import load_config
+from .logging.metrics import Metrics
 from .logging.wandb_logger import MAX_NAME_LENGTH
 from .output import keep_running_without_output
 from .preemption import requeue_after_saving
 from .run_folder import checkpoint
+from .run_folder.config_files import ConfigFiles, load_config, load_config_files, merge_overrides
 from .run_folder.files import lock, write_texts
+from .run_folder.identity import CHANGED_BY_EVALUATION, MAY_CHANGE_IN_RESUME, changes
 from .stop_signals import Stopped, ignore_further_signals, stop_signals
 from .train import train
 
 log = logging.getLogger(__name__)
-GROUPS = ("task", "model", "size", "recipe", "experiment")
 
 
 def main() -> None:
@@ -52,7 +63,7 @@ def run_command() -> None:
         sys.path.append(str(Path(__file__).parents[1] / "plugins"))  # the launchers of sweeps, which Hydra looks for
         Plugins.instance().register(InstalledConfigs)
         check_current_names(sys.argv[1:])
-        sys.argv[1:] = evaluate_arguments(resume_arguments(sys.argv[1:]))
+        sys.argv[1:] = hydra_arguments(sys.argv[1:])
         hydra_main()
     except Stopped as stop:
         ignore_further_signals()
@@ -73,149 +84,148 @@ class InstalledConfigs(SearchPathPlugin):
             search_path.append(provider=entry_point.name, path=f"pkg://{entry_point.value}")
 
 
+def hydra_arguments(arguments: list[str]) -> list[str]:
+    """The arguments for Hydra: paths quoted, folders named, and the keys of a run that is named admitted.
+
+    Raises:
+        ValueError: for an override that cannot be read, for a sweep of resume=RUN, or for several values without -m.
+        FileNotFoundError: if resume=RUN does not name a run folder.
+    """
+    arguments = [quote_path(argument) if is_override(argument) else argument for argument in arguments]
+    overrides = [argument for argument in arguments if is_override(argument)]
+    parsed = {override.key_or_group: override for override in map(parse, overrides)}
+    for action in ("evaluate", "resume"):
+        if action in parsed and not parsed[action].is_sweep_override() and parsed[action].value() in ("", None):
+            raise ValueError(f"{action}=RUN must name a run folder")
+    is_sweep = bool({"-m", "--multirun"} & set(arguments))
+    [*actions] = {"evaluate", "resume"} & set(parsed)
+    if len(actions) > 1 or ("resume" in parsed and is_sweep):
+        raise ValueError("resume=RUN resumes a single run; omit -m and evaluate=RUN")
+    if actions and any(re.match(r"--cfg|-c\b", argument) for argument in arguments):
+        run = parsed[actions[0]].value()
+        raise ValueError(
+            f"{actions[0]}=RUN uses the run's own config, which --cfg cannot show: see {run}/.hydra/config.yaml"
+        )
+    for key, override in parsed.items():
+        if override.is_sweep_override() and not is_sweep:
+            raise ValueError(f"{key} has several values; add -m for a sweep of runs, or brackets for a list")
+    for override, text in zip(map(parse, overrides), overrides, strict=True):
+        group = override.key_or_group
+        if "experiment" in parsed and group in GROUPS and group != "experiment":
+            raise ValueError(
+                f"an experiment brings its own {group}; omit {text}, or choose task, model and size without one"
+            )
+    new = []
+    if actions:
+        # The keys are those of the run, which `apply_overrides` checks; the config that Hydra composes is not used.
+        section_key = re.compile(r"(?!hydra[./])[\w.]+\.[\w.]+=")
+        arguments = [f"++{argument}" if section_key.match(argument) else argument for argument in arguments]
+    if "resume" in parsed:
+        folder = Path(str(parsed["resume"].value()))
+        load_config(folder, overrides)
+        new.append(f"hydra.run.dir={quote(str(folder))}")
+    elif "evaluate" in parsed and not is_sweep and "hydra.run.dir" not in parsed:
+        name = re.sub(r"[^\w.+=,-]+", "_", Path(str(parsed["evaluate"].value())).name)
+        new.append(f"hydra.run.dir='${{free_folder:runs/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-evaluate-{name}}}'")
+    if is_sweep and "hydra.sweep.subdir" not in parsed and (subfolder := sweep_folder_name(overrides)):
+        new.append(f"hydra.sweep.subdir='{subfolder}'")
+    overrides = [argument for argument in arguments if is_override(argument)]
+    multirun = ["-m"] if is_sweep else []
+    flags = [text for text in arguments if not is_override(text) and text not in ("-m", "--multirun")]
+    # Hydra takes the overrides in one piece, and a flag such as --info takes what follows it.
+    return [*multirun, *overrides, *new, *flags]
+
+
 @hydra.main(config_path="pkg://expire_span.conf", config_name="config", version_base="1.3")
 def hydra_main(config: DictConfig) -> None:
     """One run, alone or as a job of a sweep, whose error then names the job."""
     try:
         with requeue_after_saving():
-            run_job(config)
+            metrics = run_job(config)
     except Exception as error:
         job = HydraConfig.get().job
         if OmegaConf.is_missing(job, "num"):
+            with suppress(OSError):  # a folder in which nothing was written
+                Path(HydraConfig.get().runtime.output_dir).rmdir()
             exit_with_message(error)
         log.error(f"job {job.num} failed: {one_line(root_cause(error))}")
         if not isinstance(root_cause(error), USER_ERRORS) or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         sys.exit(1)
-
-
-def run_job(config: DictConfig) -> None:
-    """Train or evaluate in the folder that Hydra has made for this job, and print the final metrics."""
-    hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
-    overrides = list(hydra_config.overrides.task)
-    command = ["expire-span", *overrides]  # the command of this job alone, also in a sweep
-    check_size_of_experiment(hydra_config.runtime.choices, overrides)
-    if config.evaluate is not None:
-        run_folder = Path(config.evaluate)
-        if checkpoint.paths(folder):
-            raise ValueError(f"{folder} holds a run; evaluate into another hydra.run.dir")
-        trained_config = load_config(run_folder)
-        config = validate(apply_overrides(trained_config.copy(), overrides))
-        trained_hydra = OmegaConf.load(run_folder / ".hydra" / "hydra.yaml").hydra
-        summary_extras = config_sources(config, trained_hydra, [*trained_hydra.overrides.task, *overrides])
-        summary_extras["trained"] = changed_settings(trained_config, config, overrides)
-        with lock(folder):
-            write_texts(folder, hydra_files(config, hydra_config))
-            metrics = evaluate_run(config, run_folder, folder, command, summary_extras)
-    else:
-        config_files = hydra_files(config, hydra_config)
-        config = validate(config)
-        summary_extras = config_sources(config, hydra_config, overrides)
-        if config.wandb.group is None and (folder.parent / "multirun.yaml").exists():  # written by Hydra for a sweep
-            config.wandb.group = folder.parent.name[:MAX_NAME_LENGTH]
-        with lock(folder):
-            metrics = train(config, folder, command, summary_extras, config_files)
     for name, value in metrics.items():
         print(f"{name:40} {value:.5g}")
 
 
-def check_size_of_experiment(choices: Any, overrides: list[str]) -> None:
-    """Raises ValueError if a task, model or size is asked for beside an experiment: its spans are made for its own."""
-    for override in overrides:
-        if choices.get("experiment") and override.startswith(("task=", "model=", "size=", "recipe=")):
-            raise ValueError(
-                f"experiment={choices['experiment']} brings its own {override.partition('=')[0]}; omit {override}, or "
-                "choose task, model and size without an experiment"
-            )
+def run_job(config: DictConfig) -> Metrics:
+    """Train, resume or evaluate in the folder that Hydra has made for this job; returns the final metrics."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    # As they were typed: the summary must not tell what ${oc.env:KEY} stands for.
+    overrides = cast(list[str], OmegaConf.to_container(hydra_config.overrides.task, resolve=False))
+    if config.evaluate is not None:
+        return evaluate_job(Path(str(config.evaluate)).expanduser(), folder, [text.lstrip("+") for text in overrides])
+    if config.resume is not None:
+        return resume_job(folder, [text.lstrip("+") for text in overrides if not text.startswith("resume=")])
+    check_recipe(overrides)
+    config = validate(config)
+    if config.wandb.group is None and (folder.parent / "multirun.yaml").exists():  # written by Hydra for a sweep
+        config.wandb.group = folder.parent.name[:MAX_NAME_LENGTH]
+    hydra_node: Any = OmegaConf.to_container(hydra_config, resolve=False, enum_to_str=True)
+    files = ConfigFiles(config, hydra_node, overrides)
+    with lock(folder):
+        # the command of this job alone, also in a sweep
+        return train(config, folder, ["expire-span", *overrides], config_sources(files), files.texts())
 
 
-def hydra_files(config: DictConfig, hydra_config: Any) -> dict[str, str]:
-    """The files of .hydra as Hydra itself would write them."""
-    hydra_node = OmegaConf.create({"hydra": hydra_config})
-    nodes = {"config": config, "hydra": hydra_node, "overrides": hydra_config.overrides.task}
-    return {f".hydra/{name}.yaml": OmegaConf.to_yaml(node) for name, node in nodes.items()}
+def resume_job(folder: Path, overrides: list[str]) -> Metrics:
+    """Continue the run in a folder with its own config, of which few keys may change."""
+    files = load_config_files(folder, overrides)
+    apply_overrides(files.config, overrides, "resume", MAY_CHANGE_IN_RESUME)
+    config = validate(files.config)
+    overrides = merge_overrides(files.overrides, overrides)
+    files = ConfigFiles(config, files.hydra, overrides)
+    with lock(folder):
+        command = ["expire-span", *overrides]
+        return train(config, folder, command, config_sources(files), files.texts(), MAY_CHANGE_IN_RESUME)
 
 
-def config_sources(config: DictConfig, hydra_config: Any, overrides: list[str]) -> dict[str, Any]:
-    """Which values are not the paper's, by the marks in the YAML files that Hydra composed."""
-    folders = [f"{source.schema}://{source.path}" for source in hydra_config.runtime.config_sources]
-    return value_sources(config, hydra_config.runtime.choices, folders, overrides)
-
-
-def apply_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """Change a saved config by the command line. Raises ValueError for another task or model, or an unknown key."""
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
-        if key in GROUPS:
-            raise ValueError(f"evaluate=RUN takes {key} from the run itself; omit {key}={value}")
-        if OmegaConf.select(config, key, default=override) is override and key != "evaluate":
-            raise ValueError(f"{key} is not in the config of the run that evaluate=RUN names (its .hydra/config.yaml)")
-        OmegaConf.update(config, key, OmegaConf.from_dotlist([f"x={value}"]).x)
-    return config
-
-
-def changed_settings(trained_config: DictConfig, config: DictConfig, overrides: list[str]) -> dict[str, Any]:
-    """The training's values of those settings that an evaluation has changed."""
-    keys = {override.lstrip("+").partition("=")[0] for override in overrides} - {"evaluate"}
-    values = {key: OmegaConf.select(trained_config, key) for key in sorted(keys) if not key.startswith("wandb.")}
-    values = {key: value for key, value in values.items() if value != OmegaConf.select(config, key)}
-    return {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in values.items()}
-
-
-def evaluate_arguments(arguments: list[str]) -> list[str]:
-    """For evaluate=RUN: let Hydra accept the keys of that run, which `apply_overrides` checks, and name the folder.
-
-    Raises:
-        ValueError: if --cfg is given, since Hydra would print a config that is not used.
-    """
-    evaluate = [argument for argument in arguments if argument.startswith("evaluate=")]
-    if not evaluate:
-        return arguments
-    if any(re.match(r"--cfg|-c\b", argument) for argument in arguments):
-        run = evaluate[0].partition("=")[2]
-        raise ValueError(
-            f"evaluate=RUN uses the run's own config, which --cfg cannot show: see {run}/.hydra/config.yaml"
+def evaluate_job(run_folder: Path, folder: Path, overrides: list[str]) -> Metrics:
+    """Evaluate a run, with its own config except for the data and how it is evaluated, into another folder."""
+    if checkpoint.paths(folder):
+        raise ValueError(f"{folder} holds a run; evaluate into another hydra.run.dir")
+    trained = load_config_files(run_folder, overrides)
+    config = trained.config.copy()
+    apply_overrides(config, overrides, "evaluate", CHANGED_BY_EVALUATION)
+    config = validate(config)
+    config.evaluate = str(run_folder)
+    files = ConfigFiles(config, trained.hydra, [*trained.overrides, *overrides])
+    extras = config_sources(files) | {"simplifications": config_sources(trained)["simplifications"]}
+    extras["trained"] = {
+        key: old
+        for key, old, _ in changes(
+            OmegaConf.to_container(validate(trained.config), resolve=True), OmegaConf.to_container(config, resolve=True)
         )
-    section_key = re.compile(r"(?!hydra[./])[\w.]+\.[\w.]+=")
-    arguments = [f"++{argument}" if section_key.match(argument) else argument for argument in arguments]
-    if not any(argument.startswith(("hydra.run.dir=", "-m", "--multirun")) for argument in arguments):
-        name = Path(evaluate[0].partition("=")[2].strip("'\"")).name.replace("'", "")
-        position = arguments.index(evaluate[0])  # among the overrides: Hydra takes none after a flag
-        arguments.insert(position, f"hydra.run.dir='runs/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-evaluate-{name}'")
-    return arguments
+        if not is_below(key, ("evaluate", "wandb"))
+    }
+    with lock(folder):
+        write_texts(folder, files.texts())
+        return evaluate_run(config, run_folder, folder, ["expire-span", *overrides], extras)
 
 
-def resume_arguments(arguments: list[str]) -> list[str]:
-    """For resume=RUN: the run's own overrides and folder, and then whatever else is given.
+def check_recipe(overrides: list[str]) -> None:
+    """Raises ValueError for a recipe that does not exist, which Hydra leaves out silently."""
+    for override in map(parse, overrides):
+        recipe = override.value() if override.key_or_group == "recipe" else None
+        if recipe and read_first(config_folders(), f"recipe/{recipe}.yaml") is None:
+            raise ValueError(f"recipe={recipe} does not exist; there are the tasks and sizes of conf/recipe")
 
-    Raises:
-        ValueError: for a sweep, or for another task, model, size or seed.
-        FileNotFoundError: if RUN is not a run folder.
-    """
-    resume = [argument for argument in arguments if argument.startswith("resume=")]
-    if not resume:
-        return arguments
-    if {"-m", "--multirun"} & set(arguments):
-        raise ValueError("resume=RUN resumes a single run; omit -m")
-    run_folder = Path(resume[0].partition("=")[2])
-    path = run_folder / ".hydra" / "overrides.yaml"
-    if not path.exists():
-        reason = f"resume={run_folder} is not a run folder: it has no .hydra/overrides.yaml"
-        if run_folder.is_dir():
-            reason += f"; if a run was stopped before it wrote that, repeat its command with hydra.run.dir={run_folder}"
-        raise FileNotFoundError(reason)
-    load_config(run_folder)  # refuses a run of an older version
-    saved_overrides = [str(override) for override in OmegaConf.load(path)]
-    new_overrides = [a for a in arguments if a not in resume and re.match(r"~|[^-][^=]*=", a)]
-    flags = [a for a in arguments if a not in resume and a not in new_overrides]
-    for override in new_overrides:
-        key = override.partition("=")[0]
-        if key in (*GROUPS, "seed") and override not in saved_overrides:
-            raise ValueError(f"resume=RUN keeps the run's own {key}; omit {override}")
-    if not any(flag.startswith(("--config-dir", "-cd")) for flag in flags):
-        sources = OmegaConf.load(path.with_name("hydra.yaml")).hydra.runtime.config_sources
-        flags += [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
-    new_keys = {override.partition("=")[0] for override in new_overrides}
-    saved_overrides = [override for override in saved_overrides if override.partition("=")[0] not in new_keys]
-    return [*flags, *saved_overrides, *new_overrides, f"hydra.run.dir='{run_folder}'"]  # Hydra wants overrides last
+
+def config_folders() -> list[str]:
+    """Where the present command looks for config files, in Hydra's order."""
+    return [f"{source.schema}://{source.path}" for source in HydraConfig.get().runtime.config_sources]
+
+
+def config_sources(files: ConfigFiles) -> dict[str, Any]:
+    """Which values are not the paper's, by the marks in the YAML files that the config was composed of."""
+    choices = files.hydra["runtime"]["choices"]
+    return value_sources(files.config, choices, config_folders(), files.overrides)

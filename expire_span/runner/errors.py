@@ -1,5 +1,6 @@
 """Report user errors: the one line that a command prints before it exits."""
 
+import difflib
 import os
 import re
 import sys
@@ -52,6 +53,13 @@ def exit_with_message(error: Exception) -> NoReturn:
     if isinstance(error, BrokenPipeError):  # the reader, such as head, has closed the pipe
         os._exit(1)
     message = one_line(error)
+    if missing := re.search(
+        r"Could not find '([\w/]+)/([^/']+)' Available options in '.*?': (.*?) Config search", message
+    ):
+        group, option, options = missing.groups()
+        close = difflib.get_close_matches(option, options.split(), n=3)
+        advice = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(options.split())}"
+        message = f"{group}={option} does not exist; {advice}"
     if message.startswith("Could not override"):
         message = message.split(". ")[0] + ": there is no such key; `expire-span --cfg job` prints those there are"
         message += ", ++key=value sets one of another task or optimizer, as in a sweep"

@@ -1,4 +1,4 @@
-"""Load a run folder's config, task and trained model."""
+"""Load a run folder's task and trained model."""
 
 import logging
 from pathlib import Path
@@ -11,7 +11,8 @@ from ..transformer import Transformer
 from .build import build_model, setup_runtime
 from .run_folder import checkpoint, weights
 from .run_folder.files import check_same_vocab
-from .trainer import build_task, load_weights
+from .run_folder.identity import check_same_data
+from .trainer import build_task, load_weights, plain
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +28,6 @@ class LoadedRun(NamedTuple):
     blocks: int
 
 
-def load_config(folder: Path) -> DictConfig:
-    """The config of a run, as it was saved.
-
-    Raises FileNotFoundError if this is not a run folder, ValueError if a version before 0.2 wrote it.
-    """
-    path = folder / ".hydra" / "config.yaml"
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} is not a run folder: it has no .hydra/config.yaml")
-    config = OmegaConf.load(path)
-    if "optimiser" in config:
-        raise ValueError(checkpoint.written_by_older_version(folder))
-    return config  # type: ignore[return-value]
-
-
 def load_run(folder: Path, config: DictConfig) -> LoadedRun:
     """The run's task and trained model, built from a validated config.
 
@@ -52,6 +39,8 @@ def load_run(folder: Path, config: DictConfig) -> LoadedRun:
     device = setup_runtime(config)
     loaded = read_weights(folder, config.eval.weights)
     task = build_task(config)
+    if loaded.task == OmegaConf.to_container(config.task, resolve=True):  # otherwise other data are asked for
+        check_same_data(folder, loaded.data, plain(task.data_info))
     check_same_vocab(folder, task)
     model = build_model(config, task, device)
     load_weights(model, loaded.tensors, folder)
@@ -74,6 +63,7 @@ def read_weights(folder: Path, which: str) -> weights.Weights:
         content = checkpoint.load(folder)
         if content is None:
             raise FileNotFoundError(f"{folder} has no weights; name the folder of a run that has saved a checkpoint")
-        loaded = weights.Weights(content["model"], content["update"], content["objective"].get("blocks", 0))
+        blocks, task = content["objective"].get("blocks", 0), content["config"].get("task")
+        loaded = weights.Weights(content["model"], content["update"], blocks, task, content["data"])
     log.info(f"weights of update {loaded.update}, from {folder}")
     return loaded

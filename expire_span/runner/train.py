@@ -28,6 +28,7 @@ from .run_folder.files import (
     write_texts,
     write_vocab,
 )
+from .run_folder.identity import MAY_CHANGE
 from .run_folder.provenance import provenance, write_diff
 from .run_folder.summary import run_summary
 from .stop_signals import StopHandler, Stopped, stop_signals
@@ -43,6 +44,7 @@ def train(
     command: Sequence[str] = sys.argv,
     summary_extras: Mapping[str, Any] = EMPTY,
     config_files: Mapping[str, str] = EMPTY,
+    changeable: Sequence[str] = MAY_CHANGE,
 ) -> Metrics:
     """Train to the end, from the folder's checkpoint if it has one; evaluate; write a summary.
 
@@ -52,13 +54,14 @@ def train(
         command: the command line, for the summary.
         summary_extras: further entries of the summary, such as where the config's values come from.
         config_files: Texts by their paths in the folder, written after all checks have passed.
+        changeable: Sections and keys of the config that may have other values than the run that the folder holds.
 
     Returns:
         the final metrics.
     """
     with stop_signals() as stop, say_how_to_go_on(folder):
         trainer = Trainer(config, folder)
-        resumed = trainer.load_checkpoint()
+        resumed = trainer.load_checkpoint(changeable)
         write_texts(folder, config_files)
         origin = {**provenance(command), **summary_extras}
         write_diff(folder)
@@ -80,7 +83,7 @@ def train(
             log_metrics(metrics)
         task, model, objective = trainer.task, trainer.model, trainer.objective
         summary = run_summary(config, task, model, trainer.device, trainer.update, objective.blocks, metrics)
-        write_summary(folder, summary | origin)
+        write_summary(folder, summary | origin | {"changes": trainer.changes})
     return metrics
 
 

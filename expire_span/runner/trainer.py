@@ -1,5 +1,6 @@
 """The state of a training run: everything that the next update depends on, and how to save and load it."""
 
+import json
 import logging
 import math
 import uuid
@@ -22,6 +23,7 @@ from .logging.performance import StepTimer
 from .objectives import objective_class
 from .run_folder import checkpoint, weights
 from .run_folder.files import check_same_vocab
+from .run_folder.identity import MAY_CHANGE, changes, check_same_data, check_same_run
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Trainer:
         self.state = self.model.initial_state(config.train.batch_size)
         self.update = 0  # updates done
         self.run_id = uuid.uuid4().hex[:8]  # of the W&B run
+        self.changes: list[dict[str, Any]] = []  # of the config, since the run began
 
     def save_checkpoint(self) -> None:
         """Save everything, and the weights once more as safetensors, after `check_finite`."""
@@ -57,7 +60,9 @@ class Trainer:
             "format": checkpoint.FORMAT,
             "update": self.update,
             "run_id": self.run_id,
-            "seed": self.config.seed,
+            "config": OmegaConf.to_container(self.config, resolve=True),
+            "data": plain(self.task.data_info),
+            "changes": self.changes,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(),
@@ -71,7 +76,8 @@ class Trainer:
         checkpoint.save(self.folder, content, self.config.run.keep_checkpoints)
 
     def current_weights(self, value: float | None = None) -> weights.Weights:
-        return weights.Weights(self.model.state_dict(), self.update, self.objective.blocks, value)
+        task, data = OmegaConf.to_container(self.config.task, resolve=True), plain(self.task.data_info)
+        return weights.Weights(self.model.state_dict(), self.update, self.objective.blocks, task, data, value)
 
     def save_if_best(self, metrics: Metrics) -> None:
         """Keep these weights if the task's metric on the validation split is better than ever before in this folder."""
@@ -87,10 +93,14 @@ class Trainer:
         if not math.isnan(value) and (math.isnan(best_value) or is_better):
             weights.save(path, self.current_weights(value))
 
-    def load_checkpoint(self) -> bool:
+    def load_checkpoint(self, changeable: Sequence[str] = MAY_CHANGE) -> bool:
         """Continue from the folder's checkpoint; False if it has none.
 
-        Raises ValueError where that would lose or contradict what the folder holds.
+        Args:
+            changeable: sections and keys of the config that may have other values than the folder's run.
+
+        Raises:
+            ValueError: where that would lose or contradict what the folder holds.
         """
         content = checkpoint.load(self.folder)
         if content is None:
@@ -100,17 +110,16 @@ class Trainer:
         if content["update"] > self.config.train.updates:
             done = f"{self.folder} has done {content['update']} updates"
             raise ValueError(f"{done}, more than train.updates={self.config.train.updates}")
+        config: Any = OmegaConf.to_container(self.config, resolve=True)
+        check_same_run(self.folder, content["config"], config, changeable)
+        check_same_data(self.folder, content["data"], plain(self.task.data_info))
         check_same_vocab(self.folder, self.task)
         load_weights(self.model, content["model"], self.folder)
         layers = [load_memory(tensors, self.config.transformer.hidden_size) for tensors in content["layers"]]
-        saved_settings = {
-            "seed": content["seed"],
-            "transformer.num_layers": len(layers),
-            "train.batch_size": len(layers[0].offsets) - 1 if layers else 0,
-        }
-        for key, value in saved_settings.items():
-            if OmegaConf.select(self.config, key) != value:
-                raise ValueError(f"{self.folder} holds a run with {key}={value}; use another hydra.run.dir")
+        if [len(layer.offsets) - 1 for layer in layers] != [self.config.train.batch_size] * len(self.state["layers"]):
+            raise ValueError(f"{self.folder} holds a checkpoint that does not fit this run (its memories do not)")
+        changed = {key: [old, new] for key, old, new in changes(content["config"], config)}
+        self.changes = content["changes"] + ([{"update": content["update"], **changed}] if changed else [])
         try:
             self.restore(content, layers)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
@@ -168,6 +177,11 @@ class Trainer:
         else:
             kept = "nothing has been saved"
         return ValueError(f"{problem}; try a lower optimizer.lr or train.grad_clip; {kept}")
+
+
+def plain(data_info: Any) -> Any:
+    """The data_info of a task as JSON holds it: a checkpoint is made of plain types only."""
+    return json.loads(json.dumps(data_info))
 
 
 def build_task(config: DictConfig) -> Task | RLTask:

@@ -15,6 +15,7 @@ from expire_span.runner.evaluate import evaluate_run
 from expire_span.runner.load_run import load_run
 from expire_span.runner.run_folder import checkpoint, weights
 from expire_span.runner.run_folder.files import read_metrics
+from expire_span.runner.run_folder.identity import MAY_CHANGE_IN_RESUME
 from expire_span.runner.train import evaluate, train, train_step
 from expire_span.runner.trainer import Trainer
 
@@ -234,11 +235,11 @@ def test_a_diverged_training_goes_on_from_the_checkpoint_that_it_names_with_a_go
     short = [*good, "train.updates=2"]
     train(tiny_config(*short, task=task), tmp_path)
     with pytest.raises(ValueError, match="the last good checkpoint is that of update") as refusal:
-        train(tiny_config(*overrides, f"optimizer.lr={rate}", task=task), tmp_path)
+        train(tiny_config(*overrides, f"optimizer.lr={rate}", task=task), tmp_path, changeable=MAY_CHANGE_IN_RESUME)
     update = int(re.search(r"that of update (\d+)", str(refusal.value))[1])
     assert checkpoint.load(tmp_path)["update"] == update
     assert all(weight.isfinite().all() for weight in checkpoint.load(tmp_path)["model"].values())
-    metrics = train(tiny_config(*good, task=task), tmp_path)
+    metrics = train(tiny_config(*good, task=task), tmp_path, changeable=MAY_CHANGE_IN_RESUME)
     assert all(math.isfinite(value) for value in metrics.values())
 
 

@@ -133,7 +133,7 @@ def test_a_start_that_is_refused_leaves_the_run_folder_unchanged(override, folde
     arguments = [*EXPIRE_SPAN, f"resume={folder}", override]
     refused = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert refused.returncode == 1
-    reasons = "more than train.updates=2|with train.batch_size=4|checkpoint of another model"
+    reasons = "more than train.updates=2|keeps the run's own (train.batch_size|transformer.hidden_size)"
     assert re.search(f"^error: .*({reasons})", refused.stderr)
     assert {path.name: path.read_bytes() for path in (folder / ".hydra").iterdir()} == before
     evaluated_into_itself = run_command(f"evaluate={folder}", folder=folder)
@@ -169,10 +169,10 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(tmp_path):
     assert swept.returncode == 0, swept.stderr
     summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/summary.json"))]
     assert [(summary["model"], summary["config"]["seed"]) for summary in summaries] == [
-        ("trans_xl", 1),
-        ("trans_xl", 2),
         ("expire_span", 1),
         ("expire_span", 2),
+        ("trans_xl", 1),
+        ("trans_xl", 2),
     ]
 
 

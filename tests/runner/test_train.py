@@ -11,6 +11,7 @@ from expire_span.kernels import cpp_backend
 from expire_span.runner.objectives.prediction import Prediction
 from expire_span.runner.run_folder import checkpoint
 from expire_span.runner.run_folder.files import append_metrics, read_metrics
+from expire_span.runner.run_folder.identity import MAY_CHANGE_IN_RESUME
 from expire_span.runner.train import interval_metrics, train, train_step
 from expire_span.runner.trainer import Trainer
 
@@ -153,7 +154,7 @@ def test_a_finished_run_that_is_started_again_keeps_the_peak_memory_of_its_train
 def test_resuming_takes_the_optimizers_settings_from_the_current_config(folder):
     train(tiny_config(), folder)
     trainer = Trainer(tiny_config("train.updates=8", "optimizer.lr=0.5"), folder)
-    assert trainer.load_checkpoint()
+    assert trainer.load_checkpoint(MAY_CHANGE_IN_RESUME)
     assert max(group["initial_lr"] for group in trainer.optimizer.param_groups) == 0.5
 
 
@@ -173,15 +174,9 @@ def test_an_evaluation_that_cannot_work_is_refused_before_the_training(folder, t
         Trainer(tiny_config(*overrides, task="text", text=text), folder)
 
 
-def test_a_folder_does_not_continue_with_another_seed(folder):
-    train(tiny_config("train.updates=2"), folder)
-    with pytest.raises(ValueError, match="holds a run with seed=1; use another"):
-        train(tiny_config("seed=2"), folder)
-
-
 def test_a_checkpoint_of_another_model_is_refused(folder):
     train(tiny_config(), folder)
-    with pytest.raises(ValueError, match="holds a checkpoint of another model .*mechanism"):
+    with pytest.raises(ValueError, match="holds a run with .*model._target_=expire_span.ExpireSpan"):
         train(tiny_config("model=trans_xl"), folder)
 
 
@@ -237,7 +232,7 @@ def test_a_full_disk_costs_only_the_checkpoint_being_written(folder, full_disk):
     step_and_log(trainer)
     trainer.save_checkpoint()
     step_and_log(trainer)
-    with full_disk(10_000), pytest.raises(OSError, match="checkpoint_2.pt could not be written"):
+    with full_disk(30_000), pytest.raises(OSError, match="checkpoint_2.pt could not be written"):
         trainer.save_checkpoint()
     assert checkpoint.load(folder)["update"] == 1
     assert not list(folder.glob("*.part"))

@@ -20,6 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from expire_span.runner.config.overrides import quote
 from expire_span.runner.errors import SHOW_TRACEBACK
 from expire_span.runner.stop_signals import Stopped, heeded_signals
 
@@ -73,14 +74,14 @@ class SweepLauncher(Launcher):
         flags.append(f"--config-name={self.config.hydra.job.config_name}")
         of_hydra = map(str, OmegaConf.to_container(self.config.hydra.overrides.hydra) or [])  # as they were written
         flags += [override for override in of_hydra if not override.startswith("hydra.mode=")]
-        own = [f"hydra.job.num={number}", f"hydra.run.dir={quote(folder)}"]
+        own = [f"hydra.job.num={number}", f"hydra.run.dir={quote(str(folder))}"]
         return Job(number, folder, [*flags, *overrides, *own])
 
     def command(self) -> str:
         """The command that continues this sweep."""
         arguments = sys.argv[1:]
         if not any(argument.startswith("hydra.sweep.dir=") for argument in arguments):
-            arguments = [*arguments, f"hydra.sweep.dir={quote(self.config.hydra.sweep.dir)}"]
+            arguments = [*arguments, f"hydra.sweep.dir={quote(str(self.config.hydra.sweep.dir))}"]
         return shlex.join(["expire-span", *arguments])
 
 
@@ -137,8 +138,3 @@ def received_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-
-
-def quote(text: str) -> str:
-    """A value of an override as Hydra's parser reads it back unchanged."""
-    return "'" + str(text).replace("'", "\\'") + "'"

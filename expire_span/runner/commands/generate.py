@@ -1,6 +1,7 @@
 """Generate text with a trained model, as long as one likes: `expire-span-generate RUN`."""
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,8 @@ from expire_span.tasks.token_stream import text_codec
 from ...transformer import Transformer
 from ..config.schema import validate
 from ..errors import exit_with_message
-from ..load_run import load_config, load_run
+from ..load_run import load_run
+from ..run_folder.config_files import load_config
 
 PROMPT_BLOCK_SIZE = 256  # timesteps of the prompt that are processed at once
 REPORT_EVERY = 1000  # tokens between two reports of speed and memory
@@ -49,7 +51,7 @@ def generate(
         if temperature == 0:
             token = log_probs.argmax()
         else:
-            scaled = log_probs / temperature
+            scaled = (log_probs - log_probs.max()) / temperature  # the most likely one stays finite: 0
             if top_k is not None:
                 lowest = scaled.topk(min(top_k, len(scaled))).values[-1]
                 scaled = scaled.masked_fill(scaled < lowest, -torch.inf)
@@ -77,8 +79,8 @@ def main() -> None:
     if options.tokens:
         parser.error(f"--tokens is now called --max-new-tokens: --max-new-tokens {options.tokens}")
     try:
-        if options.temperature < 0:
-            raise ValueError(f"--temperature must not be negative, got {options.temperature}")
+        if not 0 <= options.temperature < math.inf:
+            raise ValueError(f"--temperature must be a number from 0 on, got {options.temperature}")
         for flag, value in {"--top-k": options.top_k, "--max-new-tokens": options.max_new_tokens}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{flag} must be at least 1, got {value}")

@@ -12,8 +12,9 @@ from expire_span.tasks.gridworld import Gridworld, landmark_in_view
 from ...analysis import memory_contents
 from ..config.schema import validate
 from ..errors import exit_with_message
-from ..load_run import LoadedRun, load_config, load_run
+from ..load_run import LoadedRun, load_run
 from ..objectives.actor_critic import policy_and_value
+from ..run_folder.config_files import load_config
 
 ACTIONS = {"^": "up", ">": "right", "v": "down", "<": "left"}  # actions 0 to 3
 SHADES = "·░▒▓█"  # from m = 0, forgotten, to m = 1

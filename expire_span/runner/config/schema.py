@@ -1,19 +1,28 @@
 """Validation of the config: every key is known and has the type its reader declares, before any work starts."""
 
 import inspect
+import math
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import partial
-from typing import Any, Union, get_args, get_type_hints
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from torch import Tensor
+from torch.optim import Optimizer
 
+from expire_span.tasks.base import RLTask, Task
+
+from ...memory import Mechanism
 from ...transformer import TransformerConfig
 from ..logging.wandb_logger import check_wandb
 from .former_names import current_name
+from .overrides import literal
 
 
 @dataclass
@@ -22,6 +31,7 @@ class TopLevel:
 
     seed: int
     evaluate: str | None
+    resume: str | None
     paper: dict[str, float]
     simplified: dict[str, str]
 
@@ -138,110 +148,195 @@ CHOICES = {
     "run.precision": ("float32", "bfloat16", "float64"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
 }
-MINIMUM = {
-    "seed": 0,
-    "transformer.num_layers": 1,
-    "transformer.hidden_size": 1,
-    "transformer.feedforward_size": 1,
-    "train.updates": 1,
-    "train.batch_size": 1,
-    "train.block_size": 1,
-    "train.grad_accumulation": 1,
-    "train.curriculum_interval": 1,
-    "actor_critic.update_epochs": 1,
-    "eval.batch_size": 1,
-    "eval.block_size": 1,
-    "eval.interval": 1,
-    "eval.max_blocks": 1,
-    "eval.span_cap": 1,
-    "run.log_every": 1,
-    "run.checkpoint_every": 1,
-    "run.keep_checkpoints": 1,
-    "run.num_threads": 1,
+LIMIT = 2**48  # of every integer: beyond it tensors of 64-bit integers overflow
+BOUNDS = {  # the smallest and the largest value
+    "seed": (0, 2**63 - 1),
+    "task.seed": (0, 2**63 - 1),
+    "memory.max_span": (1, LIMIT),
+    "memory.alpha": (0, math.inf),
+    "memory.init_span_ratio": (0, 1),
+    "memory.num_positions": (0, LIMIT),
+    "transformer.num_layers": (1, 1000),
+    "transformer.hidden_size": (1, LIMIT),
+    "transformer.num_heads": (1, LIMIT),
+    "transformer.feedforward_size": (1, LIMIT),
+    "optimizer.lr": (0, math.inf),
+    "lr_schedule.warmup_updates": (0, LIMIT),
+    "lr_schedule.final_updates": (0, LIMIT),
+    "lr_schedule.final_factor": (0, math.inf),
+    "lr_schedule.span_lr_factor": (0, math.inf),
+    "alpha_schedule.start_update": (0, LIMIT),
+    "alpha_schedule.warmup_updates": (0, LIMIT),
+    "train.updates": (1, LIMIT),
+    "train.batch_size": (1, LIMIT),
+    "train.block_size": (1, LIMIT),
+    "train.grad_accumulation": (1, LIMIT),
+    "train.curriculum_interval": (1, LIMIT),
+    "actor_critic.discount": (0, 1),
+    "actor_critic.gae_lambda": (0, 1),
+    "actor_critic.entropy_coef": (0, math.inf),
+    "actor_critic.final_entropy_coef": (0, math.inf),
+    "actor_critic.value_coef": (0, math.inf),
+    "actor_critic.update_epochs": (1, LIMIT),
+    "eval.batch_size": (1, LIMIT),
+    "eval.block_size": (1, LIMIT),
+    "eval.interval": (1, LIMIT),
+    "eval.max_blocks": (1, LIMIT),
+    "eval.span_cap": (1, LIMIT),
+    "run.log_every": (1, LIMIT),
+    "run.checkpoint_every": (1, LIMIT),
+    "run.keep_checkpoints": (1, LIMIT),
+    "run.num_threads": (1, 1024),
 }
+POSITIVE = ("memory.ramp", "train.grad_clip", "actor_critic.clip_coef")  # above 0
+BASE_CLASSES = {"task": (Task, RLTask), "model": (Mechanism,), "optimizer": (Optimizer,)}
 
 
 def validate(config: DictConfig) -> DictConfig:
-    """The config with every interpolation resolved. Raises ValueError at the first key that is wrong."""
+    """The config with every reference resolved and every value converted to the type that its reader declares.
+
+    Raises:
+        ValueError: at the first key that is wrong.
+    """
     try:
-        config = DictConfig(OmegaConf.to_container(config, resolve=True))
+        config = DictConfig(literal(OmegaConf.to_container(config, resolve=True)))
     except InterpolationResolutionError as error:
         raise ValueError(f"{error.full_key}: {first_line(error)}") from None
+    except RecursionError:
+        raise ValueError("the config is nested too deeply, or refers to itself") from None
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{missing[0]} has no value yet; give it one, as in {missing[0]}=VALUE")
-    transformer_arguments = {argument.name: (argument.type, argument.default) for argument in fields(TransformerConfig)}
-    del transformer_arguments["vocab_size"], transformer_arguments["num_classes"]  # these are the task's
-    transformer_arguments = {"num_layers": (int, MISSING), **transformer_arguments}
-    validate_section(config, "transformer", make_schema("transformer", transformer_arguments))
-    for name, schema in SECTIONS.items():
-        validate_section(config, name, schema)
-    for name in ("task", "model", "optimizer"):
-        validate_section(config, name, constructor_schema(name, config[name]))
-    section_names = {"task", "model", "transformer", "optimizer", *SECTIONS}
-    top_level = {key: value for key, value in config.items() if key not in section_names}
-    validate_section(DictConfig({"": top_level}), "", TopLevel)
+    schemas = {"transformer": transformer_schema(), **SECTIONS}
+    for name in (*schemas, *BASE_CLASSES):
+        if not isinstance(config.get(name), DictConfig):
+            raise ValueError(f"{name} must be a section of keys, got {config.get(name)}; {name}.KEY=VALUE sets one")
+    check_plain(config)
+    schemas |= {name: constructor_schema(name, config[name]) for name in BASE_CLASSES}
+    for name, schema in schemas.items():
+        config[name] = converted_section(config, name, schema)
+    plain: Any = OmegaConf.to_container(config)
+    top_level = DictConfig({"": {key: value for key, value in plain.items() if key not in schemas}})
+    config.update(converted_section(top_level, "", TopLevel))
+    check_values(config)
+    return config
+
+
+def check_plain(config: DictConfig) -> None:
+    """Raises ValueError for a key that Hydra would act on, or a number that is none or that no reader can hold."""
+
+    def check(node: Any, key: str) -> None:
+        if isinstance(node, dict | list):
+            for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+                below = f"{key}.{name}" if key else str(name)
+                if str(name).startswith("_") and below not in ("task._target_", "model._target_", "optimizer._target_"):
+                    raise ValueError(f"{below} is not allowed: the config gives values, it does not call anything else")
+                check(value, below)
+        elif isinstance(node, float) and not math.isfinite(node):
+            raise ValueError(f"{key} must be a finite number, got {node}")
+        elif isinstance(node, int) and abs(node) > LIMIT and not key.endswith("seed"):
+            raise ValueError(f"{key} must not be beyond {LIMIT:,}, got {node}")
+
+    check(OmegaConf.to_container(config), "")
+
+
+def check_values(config: DictConfig) -> None:
+    """Raises ValueError for a value that is not one of its choices, or out of its bounds."""
     for split in config.eval.splits:
         if split not in ("valid", "test"):
             raise ValueError(f"eval.splits may name valid and test, got {split}")
     for key, choices in CHOICES.items():
         if OmegaConf.select(config, key) not in choices:
             raise ValueError(f"{key} must be one of {', '.join(choices)}, got {OmegaConf.select(config, key)}")
-    for key, minimum in MINIMUM.items():
+    for key, (minimum, maximum) in BOUNDS.items():
         value = OmegaConf.select(config, key)
         if value is not None and value < minimum:
             raise ValueError(f"{key} must be at least {minimum}, got {value}")
+        if value is not None and value > maximum:
+            raise ValueError(f"{key} must be at most {maximum}, got {value}")
+    for key in POSITIVE:
+        value = OmegaConf.select(config, key)
+        if value is not None and value <= 0:
+            raise ValueError(f"{key} must be above 0, got {value}")
+    schedule, updates = config.lr_schedule, config.train.updates
+    if schedule.final_updates and schedule.warmup_updates + schedule.final_updates > updates:
+        raise ValueError(
+            f"train.updates={updates} is less than lr_schedule.warmup_updates={schedule.warmup_updates} and "
+            f"lr_schedule.final_updates={schedule.final_updates} together, so that the learning rate would never be "
+            "whole; for a short trial add lr_schedule.final_updates=0"
+        )
     check_wandb(config.wandb)
-    return config
 
 
-def validate_section(config: DictConfig, name: str, schema: type) -> None:
-    """Raises ValueError for the first key of a section that is unknown, ill-typed or missing."""
-    section = {key: value for key, value in config[name].items() if not key.startswith("_")}
+def converted_section(config: DictConfig, name: str, schema: type) -> DictConfig:
+    """A section with its values converted. Raises ValueError for a key that is unknown, ill-typed or missing."""
+    plain: Any = OmegaConf.to_container(config[name])
+    target = {key: value for key, value in plain.items() if key == "_target_"}
+    section = {key: value for key, value in plain.items() if key not in target}
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), section)
     except OmegaConfBaseException as error:
         key = f"{name}.{error.full_key}".strip(".") if error.full_key else name
-        if str(error.full_key) not in {key_field.name for key_field in fields(schema)}:
+        known = [key_field.name for key_field in fields(schema)]
+        if str(error.full_key).partition("[")[0].partition(".")[0] not in known:
             if new_name := current_name(key):
                 raise ValueError(f"{key} is called {new_name} since version 0.2") from None
-            known = ", ".join(key_field.name for key_field in fields(schema))
-            raise ValueError(f"{key} is not known; {name or 'the top level'} takes: {known}") from None
-        if "is not a ListConfig" in first_line(error):
+            raise ValueError(f"{key} is not known; {name or 'the top level'} takes: {', '.join(known)}") from None
+        if "is not a ListConfig" in first_line(error) or "to ListConfig" in first_line(error):
             raise ValueError(f"{key} must be a list, as in {key}=[{section.get(error.full_key)}]") from None
         raise ValueError(f"{key}: {first_line(error)}") from None
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
-        raise ValueError(f"{name}.{missing[0]} is needed; give it a value, as in +{name}.{missing[0]}=VALUE")
+        key = f"{name}.{missing[0]}".strip(".")
+        raise ValueError(f"{key} is needed; give it a value, as in +{key}=VALUE")
+    values: Any = OmegaConf.to_container(merged)
+    return DictConfig(target | {key: values[key] for key in section})
 
 
-def constructor_schema(name: str, section: Any) -> type:
+def transformer_schema() -> type:
+    """The keys of `transformer`: the arguments of TransformerConfig, without those that the task gives."""
+    arguments = {argument.name: (argument.type, argument.default) for argument in fields(TransformerConfig)}
+    del arguments["vocab_size"], arguments["num_classes"]
+    return make_schema("transformer", {"num_layers": (int, MISSING), **arguments})
+
+
+def constructor_schema(name: str, section: DictConfig) -> type:
     """A dataclass of the arguments of the class that `section._target_` names, except an optimizer's parameters."""
     try:
         target = get_class(section["_target_"])
     except Exception:
-        value = section.get("_target_") if isinstance(section, DictConfig) else section
-        raise ValueError(f"{name}._target_ must name a class that can be imported, got {value}") from None
-    hints = get_type_hints(target.__init__)  # type: ignore[misc]
+        raise ValueError(
+            f"{name}._target_ must name a class that can be imported, got {section.get('_target_')}"
+        ) from None
+    if not issubclass(target, BASE_CLASSES[name]):
+        bases = " or ".join(f"{base.__module__}.{base.__name__}" for base in BASE_CLASSES[name])
+        raise ValueError(f"{name}._target_={section['_target_']} must be a subclass of {bases}")
+    hints = get_type_hints(target.__init__)
     parameters = inspect.signature(target).parameters
     arguments = {
-        key: (without_tensor(hints.get(key, Any)), parameter.default)
-        for key, parameter in parameters.items()
-        if key != "params"
+        key: (hints.get(key, Any), parameter.default) for key, parameter in parameters.items() if key != "params"
     }
     return make_schema(name, arguments)
 
 
-def without_tensor(annotation: Any) -> Any:
-    """Drop Tensor from a union: torch.optim declares its rates as float | Tensor, which is a float in a config."""
-    types = get_args(annotation)
-    return Union[tuple(kind for kind in types if kind is not Tensor)] if Tensor in types else annotation  # noqa: UP007
+def config_type(annotation: Any) -> Any:
+    """The type that a config can hold: without tensors and paths, and with lists in place of other sequences."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Path:
+        return str
+    if origin in (Union, UnionType):
+        kinds = dict.fromkeys(config_type(kind) for kind in arguments if kind is not Tensor)
+        return Union[tuple(kinds)]  # noqa: UP007
+    if origin in (list, tuple, Sequence):
+        return list[config_type(arguments[0])]  # type: ignore[misc]
+    return type(arguments[0]) if origin is Literal else annotation
 
 
 def make_schema(name: str, arguments: dict[str, tuple[Any, Any]]) -> type:
     """A dataclass of name: (type, default). Types that a config cannot hold are left for the constructor to check."""
     schema_fields = []
     for key, (kind, default) in arguments.items():
+        kind = config_type(kind)
         required = default in (MISSING, inspect.Parameter.empty)
         value = field(default_factory=partial(copy, "???" if required else default))
         try:

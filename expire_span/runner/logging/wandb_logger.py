@@ -17,13 +17,10 @@ MAX_NAME_LENGTH, MAX_TAG_LENGTH = 128, 64  # W&B's own limits, in characters
 
 
 def check_wandb(settings: DictConfig) -> None:
-    """Convert names such as 2025 to text. Raises ValueError for one that W&B would refuse when the run has begun."""
-    settings.tags = [str(tag) for tag in settings.tags]
+    """Raises ValueError for a name that W&B would refuse when the run has begun."""
     for key in ("project", "entity", "group"):
-        if settings[key] is None:
-            continue
-        settings[key] = name = str(settings[key])
-        if not 1 <= len(name) <= MAX_NAME_LENGTH:
+        name = settings[key]
+        if name is not None and not 1 <= len(name) <= MAX_NAME_LENGTH:
             raise ValueError(f"wandb.{key} must have 1 to {MAX_NAME_LENGTH} characters, got {len(name)}: {name!r}")
     if set(settings.project) & set("/\\#?%:"):
         raise ValueError(f"wandb.project must not contain any of / \\ # ? % :, got {settings.project!r}")
@@ -75,7 +72,7 @@ def init_run(config: DictConfig, name: str, run_id: str) -> Any:
     """Start or resume the W&B run with this name and id."""
     import wandb  # takes a second to import, and may be missing on a machine without a network
 
-    settings = config.wandb
+    settings, plain = config.wandb, cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     init = partial(
         wandb.init,
         project=settings.project,
@@ -85,7 +82,7 @@ def init_run(config: DictConfig, name: str, run_id: str) -> Any:
         name=name[:MAX_NAME_LENGTH],
         id=run_id,
         resume="allow",
-        config=cast(dict[str, Any], OmegaConf.to_container(config)),
+        config={key: value for key, value in plain.items() if key != "wandb"},  # where, and by whom, W&B knows itself
         settings=wandb.Settings(silent=True),
     )
     if settings.mode != "auto":

@@ -33,7 +33,8 @@ Rollout = dict[str, Tensor]  # (B, T) each; observation (B, T, vocab_size); next
 class ActorCritic:
     """Environments to act in, and the rollout that is being learned from.
 
-    Raises ValueError where evaluation would never end, or where one update would use a rollout more than once.
+    Raises ValueError where evaluation would never end, where one update would use a rollout more than once, or where
+    learning would not see what acting saw.
     """
 
     def __init__(
@@ -45,6 +46,11 @@ class ActorCritic:
             raise ValueError(
                 f"train.grad_accumulation={config.train.grad_accumulation} does not go together with "
                 f"actor_critic.update_epochs={config.actor_critic.update_epochs}; use a larger train.batch_size instead"
+            )
+        if config.model.get("random_drop"):
+            raise ValueError(
+                "memory.random_drop=true hides from learning what acting has seen; it is for tasks that predict: use "
+                "memory.random_drop=false"
             )
         self.task, self.config, self.device, self.averager, self.timer = task, config, device, averager, timer
         self.envs = task.make_envs(config.train.batch_size, device, split="train")

@@ -12,17 +12,20 @@ from typing import Any, BinaryIO
 
 import torch
 
+from .config_files import written_by_older_version
 from .files import replace_file
 
 log = logging.getLogger(__name__)
 
 FORMAT = 3  # 1, without this entry, was written by versions before 0.2, which had other names
 DIGEST_SIZE = hashlib.sha256().digest_size
-ENTRY_TYPES = {
+ENTRY_TYPES: dict[str, Any] = {
     "format": int,
     "update": int,
     "run_id": str,
-    "seed": int,
+    "config": dict,
+    "data": (dict, type(None)),
+    "changes": list,
     "model": dict,
     "optimizer": dict,
     "objective": dict,
@@ -105,9 +108,10 @@ def read(path: Path) -> dict[str, Any]:
         found = content.get("format")
         raise ValueError(f"{path} has format {found}, but this version of expire-span reads format {FORMAT}")
     for name, kind in ENTRY_TYPES.items():
-        if not isinstance(content.get(name), kind):
-            found = type(content[name]).__name__ if name in content else "missing"
-            raise ValueError(f"{path} is not a checkpoint: its {name} is {found}, not of type {kind.__name__}")
+        if name not in content:
+            raise ValueError(f"{path} is not a checkpoint: its {name} is missing")
+        if not isinstance(content[name], kind):
+            raise ValueError(f"{path} is not a checkpoint: its {name} is a {type(content[name]).__name__}")
     return content
 
 
@@ -137,10 +141,3 @@ def sha256(file: BinaryIO, size: int) -> bytes:
 def one_line(error: Exception) -> str:
     """An error's type and the start of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-
-
-def written_by_older_version(folder: Path) -> str:
-    return (
-        f"{folder} was written by expire-span 0.1, which had other names for settings and weights; "
-        "open it with that version (git checkout a0984c4), or train it again"
-    )

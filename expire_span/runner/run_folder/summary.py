@@ -22,7 +22,7 @@ def run_summary(
     metrics: Metrics,
 ) -> dict[str, Any]:
     """Metrics and protocol of a run. Task and model are named after the modules that define them."""
-    plain_config = cast(dict[str, Any], OmegaConf.to_container(config))
+    plain_config = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     return {
         "format": FORMAT,
         "finished": update >= config.train.updates or config.eval.weights == "best",

@@ -20,18 +20,20 @@ FILES = {"last": "model.safetensors", "best": "best.safetensors"}  # by the valu
 
 
 class Weights(NamedTuple):
-    """A model's weights, and the updates and blocks of training that they took."""
+    """A model's weights, the updates and blocks of training that they took, and on which data."""
 
     tensors: Mapping[str, Tensor]
     update: int
     blocks: int
+    task: Any = None  # the section of the config
+    data: Any = None  # Task.data_info, as JSON has it
     value: float | None = None  # of the task's metric on the validation split, if they are the best
 
 
 def save(path: Path, weights: Weights) -> None:
     """Replace the file at once. Raises OSError if it cannot be written."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.tensors.items()}
-    about = {"update": weights.update, "blocks": weights.blocks, "value": weights.value}
+    about = {name: value for name, value in weights._asdict().items() if name != "tensors"}
     metadata = {"format": "pt", "expire_span_format": str(FORMAT), "run": json.dumps(about)}
     metadata["sha256"] = sha256(tensors, metadata)
     write_atomically(path, safetensors.torch.save(tensors, metadata))
