@@ -30,7 +30,6 @@ class Ended(NamedTuple):
     code: int  # its exit code, or minus the number of the signal that killed it
     message: str
     seconds: float
-    operations: int  # file operations, see FileOperations
 
 
 def forked_run(config, folder, kill=None, delay=0.0, die_at=None, max_file_size=None):
@@ -53,9 +52,9 @@ def forked_run(config, folder, kill=None, delay=0.0, die_at=None, max_file_size=
         os.kill(child, kill)
     _, status = os.waitpid(child, 0)
     seconds = time.perf_counter() - start
-    *lines, operations = output.read_text().splitlines() if output.exists() else ["0"]
+    message = output.read_text() if output.exists() else ""
     output.unlink(missing_ok=True)
-    return Ended(os.waitstatus_to_exitcode(status), "\n".join(lines), seconds, int(operations))
+    return Ended(os.waitstatus_to_exitcode(status), message, seconds)
 
 
 def run_child(config, folder, output, die_at, max_file_size):
@@ -83,7 +82,7 @@ def run_child(config, folder, output, die_at, max_file_size):
         if max_file_size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         counter.stop()
-        output.write_text(f"{message}\n{counter.count}\n")
+        output.write_text(message)
     finally:
         os._exit(code)
 
