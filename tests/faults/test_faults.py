@@ -39,9 +39,7 @@ def uninterrupted(tmp_path_factory):
             overrides = [f"model={model}", "transformer.dropout=0.1", blocks, *OVERRIDES]
             config = tiny_config(*overrides, task=task, text=text)
             (base / "here").mkdir()
-            train(
-                config, base / "here"
-            )  # loads in this process what every forked one needs, and compiles and makes data
+            train(config, base / "here")  # in this process, so that every forked one has what it loads and compiles
             end = forked_run(config, base / "uninterrupted")
             assert end.code == 0, end.message
             assert not differences(result(base / "here"), result(base / "uninterrupted"))

@@ -148,4 +148,4 @@ def differences(expected, actual, path=""):
     if isinstance(expected, list | tuple) and isinstance(actual, list | tuple) and len(expected) == len(actual):
         pairs = enumerate(zip(expected, actual, strict=True))
         return [place for index, pair in pairs for place in differences(*pair, f"{path}.{index}")]
-    return [] if type(expected) is type(actual) and expected == actual else [path]
+    return [] if repr(expected) == repr(actual) else [path]  # with NaN equal to NaN
