@@ -4,10 +4,12 @@ import difflib
 import os
 import re
 import sys
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import torch
 from hydra.errors import HydraException, InstantiationException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # as the user has set it
@@ -18,6 +20,8 @@ def root_cause(error: Exception) -> Exception:
     """The error of the constructor, where Hydra has wrapped it; `OutOfMemory` for every way to run out of memory."""
     while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
         error = error.__cause__
+    if isinstance(error, RecursionError):
+        return ValueError("the config is nested too deeply, or refers to itself").with_traceback(error.__traceback__)
     return OutOfMemory(error) if is_out_of_memory(error) else error
 
 
@@ -28,8 +32,9 @@ class OutOfMemory(MemoryError):
         reason = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
         text = reason[0] if reason else one_line(error)[:100]
         super().__init__(
-            f"out of memory ({text}); lower train.batch_size, train.block_size or memory.max_span in a new run, or set "
-            f"transformer.activation_checkpointing=true or a smaller eval.batch_size{saved and f'; {saved}'}"
+            f"out of memory ({text}); lower train.batch_size, train.block_size, memory.max_span or the sizes of "
+            "transformer in a new run, or set transformer.activation_checkpointing=true or a smaller eval.batch_size"
+            + (saved and f"; {saved}")
         )
 
 
@@ -52,15 +57,54 @@ def exit_with_message(error: Exception) -> NoReturn:
         raise error
     if isinstance(error, BrokenPipeError):  # the reader, such as head, has closed the pipe
         os._exit(1)
-    message = one_line(error)
+    sys.exit(f"error: {shortened(explained(error))}")
+
+
+def explained(error: Exception) -> str:
+    """The message of an error, in one line; Hydra's long ones in our words, with what may have been meant."""
+    message = one_line(error).partition(" full_key: ")[0]  # which OmegaConf adds for programmers
     if missing := re.search(
         r"Could not find '([\w/]+)/([^/']+)' Available options in '.*?': (.*?) Config search", message
     ):
         group, option, options = missing.groups()
         close = difflib.get_close_matches(option, options.split(), n=3)
         advice = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(options.split())}"
-        message = f"{group}={option} does not exist; {advice}"
-    if message.startswith("Could not override"):
-        message = message.split(". ")[0] + ": there is no such key; `expire-span --cfg job` prints those there are"
-        message += ", ++key=value sets one of another task or optimizer, as in a sweep"
-    sys.exit(f"error: {message}")
+        return f"{group}={option} does not exist; {advice}"
+    if unknown := re.match(r"Could not override '(.*?)'\.", message):
+        close = similar_keys(unknown[1], error)
+        if close:
+            return f"there is no key {unknown[1]}; did you mean {' or '.join(close)}?"
+        return (
+            f"there is no key {unknown[1]}; `expire-span --cfg job` prints those there are, and ++KEY=VALUE sets one "
+            "of another task or optimizer, as in a sweep"
+        )
+    if unreadable := re.match(r"Error parsing override '(.*)' missing EQUAL", message):
+        return f"{unreadable[1]} is neither KEY=VALUE nor a flag; see expire-span --help"
+    return message
+
+
+def shortened(message: str) -> str:
+    """A message without its middle where that is long, such as a value of thousands of characters."""
+    return message if len(message) <= 1000 else f"{message[:700]} [...] {message[-250:]}"
+
+
+def similar_keys(key: str, error: Exception) -> list[str]:
+    """Keys of the config like one that it does not have: of the same section, if there is one, else of all.
+
+    Args:
+        error: as Hydra raises it; its cause knows the config.
+    """
+    node = getattr(error.__cause__, "parent_node", None)
+    keys = list(dotted_keys(OmegaConf.to_container(node._get_root()))) if node is not None else []
+    section, _, name = key.rpartition(".")
+    names = [known.rpartition(".")[2] for known in keys if known.rpartition(".")[0] == section]
+    if section and names:
+        return [f"{section}.{close}" for close in difflib.get_close_matches(name, names)]
+    return difflib.get_close_matches(key, keys)
+
+
+def dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """The keys of a nested dictionary, and of all dictionaries in it."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f"{prefix}{key}"
+        yield from dotted_keys(value, f"{prefix}{key}.")

@@ -205,4 +205,5 @@ def say_how_to_go_on(folder: Path) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(error, checkpoint.how_to_go_on(folder)) from None
+        saved = checkpoint.how_to_go_on(folder) if checkpoint.paths(folder) else "nothing is saved yet"
+        raise OutOfMemory(error, saved) from None

@@ -49,20 +49,6 @@ def uninterrupted(tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def count(record_property):
-    """Counts the outcomes of a kind of fault, for the summary."""
-    counts: dict[str, dict[str, int]] = {}
-
-    def add(kind, outcome):
-        if kind not in counts:
-            counts[kind] = {}
-            record_property("faults", (kind, counts[kind]))  # before the test ends, when the report is made
-        counts[kind][outcome] = counts[kind].get(outcome, 0) + 1
-
-    return add
-
-
 def assert_goes_on_exactly(config, folder, expected):
     end = forked_run(config, folder)
     assert end.code == 0, end.message

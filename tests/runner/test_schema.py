@@ -31,6 +31,7 @@ from expire_span.runner.config.schema import validate
         ("eval.splits=test", "eval.splits must be a list, as in eval.splits=[test]"),
         ("task=text", "task.path has no value yet; give it one, as in task.path=VALUE"),
         ("model._target_=nowhere.Model", "model._target_ must name a class that can be imported, got nowhere.Model"),
+        ("model.hidden_size=0", "model.hidden_size=0 must be transformer.hidden_size=64"),
         ("~train.grad_clip", "train.grad_clip is needed"),
         ("train.batch_size=${nowhere}", "train.batch_size: Interpolation key 'nowhere' not found"),
         ("+train.clip=1.0", "train.clip is called train.grad_clip since version 0.2"),

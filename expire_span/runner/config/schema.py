@@ -258,6 +258,9 @@ def check_values(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and value <= 0:
             raise ValueError(f"{key} must be above 0, got {value}")
+    for key in ("hidden_size", "num_heads"):
+        if config.model.get(key, config.transformer[key]) != config.transformer[key]:
+            raise ValueError(f"model.{key}={config.model[key]} must be transformer.{key}={config.transformer[key]}")
     schedule, updates = config.lr_schedule, config.train.updates
     if schedule.final_updates and schedule.warmup_updates + schedule.final_updates > updates:
         raise ValueError(
