@@ -4,9 +4,9 @@
 //     a' = m exp(score - lse)                          out = a' v            lse = log sum m exp(score)
 //     dP = dout v^T    dm = exp(score - lse) (dP - dout . out)     dscore = m dm     dspan = sum_t dm / R, on the ramp
 //
-// Queries and keys come in tiles whose scores fit into the cache. Forward keeps a running maximum of each query's scores, and
-// rescales what it has summed so far when a higher score appears. m multiplies after the exponential, so that nothing
-// is ever divided by it.
+// Queries and keys come in tiles whose scores fit into the cache. Forward keeps a running maximum of each query's
+// scores, and rescales what it has summed so far when a higher score appears. m multiplies after the exponential, so
+// that nothing is ever divided by it.
 
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
 #error "g++ 12 or later is needed, for __builtin_shufflevector and std::bit_cast"
@@ -47,8 +47,8 @@ struct KeyTile {
   Scratch<real> score_scratch, dscore_scratch, transpose_scratch;
   PositionScores<real> position_scores;
 
-  // Loads the n_ keys from row `first` on, for num_queries queries from query `first_t` on. Returns whether any of these
-  // may see any of the keys.
+  // Loads the n_ keys from row `first` on, for num_queries queries from query `first_t` on. Returns whether one of
+  // these may see one of the keys.
   bool load(const Head<real>& head, int64_t first, int64_t n_, int64_t first_t, int64_t num_queries) {
     const AttentionArgs& args = head.args;
     const auto ages = args.age.data_ptr<int64_t>() + first;
@@ -56,8 +56,8 @@ struct KeyTile {
     const auto spans = args.span.accessor<real, 2>();
     n = n_, ramp = static_cast<real>(args.ramp);
     age.resize(n), remaining.resize(n), first_query.resize(n), bias.assign(n, 0), dropout.assign(n, 1);
-    real max_span = 0;
-    bool visible = false;
+    constexpr real inf = std::numeric_limits<real>::infinity();
+    real max_span = 0, max_remaining = -inf, min_first_query = inf;
     for (int64_t s = 0; s < n; ++s) {
       const real span = spans[first + s][head.head];
       age[s] = static_cast<real>(ages[s] + first_t);
@@ -65,9 +65,10 @@ struct KeyTile {
       first_query[s] = static_cast<real>(min_distance ? min_distance[s] : 1) - age[s];
       if (args.bias) bias[s] = args.bias->accessor<real, 2>()[first + s][head.head];
       max_span = std::max(max_span, span);
-      visible |= (first_query[s] < num_queries) & (remaining[s] > -ramp);
+      max_remaining = std::max(max_remaining, remaining[s]);
+      min_first_query = std::min(min_first_query, first_query[s]);
     }
-    if (!visible) return false;
+    if (max_remaining <= -ramp || min_first_query >= num_queries) return false;
     score = score_scratch.matrix(num_queries, n), dscore = dscore_scratch.matrix(num_queries, n);
     position_scores.load(args, ages, n, first_t, num_queries, max_span + ramp);
     return true;
@@ -86,12 +87,12 @@ struct KeyTile {
     if (position_scores.any()) position_scores.add_to(score, query, table_t->data_ptr<real>(), table_t->size(1));
   }
 
-  // Backward of `compute_scores`: adds to the gradients of query, of key and of the table.
+  // Backward of `compute_scores`: adds to the gradients of query and of the table; sets that of key, or adds to it.
   void compute_score_gradients(
       Matrix<real> query, Matrix<real> key, const OptionalTensor& table, Matrix<real> dquery, Matrix<real> dkey,
-      real* dtable) {
+      bool add_to_dkey, real* dtable) {
     gemm(dscore, key, dquery, true);
-    gemm(dscore.t(), query, dkey, true);
+    gemm(dscore.t(), query, dkey, add_to_dkey);
     if (position_scores.any()) position_scores.add_gradients(dscore, query, table->data_ptr<real>(), dquery, dtable);
   }
 
@@ -144,37 +145,38 @@ void forward_heads(const AttentionArgs& args, const Tensor& out_, const Tensor& 
   const OptionalTensor table_t = args.transposed_table();
   at::parallel_for(0, args.batch_heads(), args.grain_size(), [&](int64_t first, int64_t end) {
     KeyTile<real> keys;
-    std::vector<real> row_max(args.max_tile_queries()), row_sum(args.max_tile_queries());
+    std::vector<real> row_max(args.block()), row_sum(args.block());
     for (int64_t batch_head = first; batch_head < end; ++batch_head) {
       Head<real> head(args, batch_head);
-      head.for_query_tiles([&](int64_t first_t, int64_t queries) {
-        const auto query = head.query_matrix(args.query).row_range(first_t, queries);  // (queries, D)
-        const auto out = head.query_matrix(out_).row_range(first_t, queries);
-        real* lse = head.query_vector(lse_) + first_t;
-        row_max.assign(queries, -inf), row_sum.assign(queries, 0);
-        head.for_key_tiles([&](int64_t first, int64_t n) {
+      const auto all_queries = head.query_matrix(args.query), all_out = head.query_matrix(out_);  // (T, D)
+      real* lse = head.query_vector(lse_);
+      row_max.assign(args.block(), -inf), row_sum.assign(args.block(), 0);
+      head.for_key_tiles([&](int64_t first, int64_t n) {
+        const auto key = head.key_matrix(args.key, first, n), value = head.key_matrix(args.value, first, n);  // (n, D)
+        head.for_query_tiles([&](int64_t first_t, int64_t queries) {
           if (!keys.load(head, first, n, first_t, queries)) return;
-          keys.compute_scores(query, head.key_matrix(args.key, first, n), table_t);
-          for (int64_t t = 0; t < queries; ++t) {
-            real* x = keys.score.row(t);
-            const real new_max = std::max(row_max[t], keys.mask(t, head.max_age(first_t + t, first_t), 0, x));
+          const auto out = all_out.row_range(first_t, queries);  // (queries, D)
+          keys.compute_scores(all_queries.row_range(first_t, queries), key, table_t);
+          for (int64_t i = 0, t = first_t; i < queries; ++i, ++t) {
+            real* x = keys.score.row(i);
+            const real new_max = std::max(row_max[t], keys.mask(i, head.max_age(t, first_t), 0, x));
             const real finite_max = new_max == -inf ? 0 : new_max, rescale = fast_exp(row_max[t] - finite_max);
             row_max[t] = new_max;
-            row_sum[t] = row_sum[t] * rescale + keys.exponentiate(t, finite_max, x);
-            for (int64_t d = 0; rescale < 1 && d < out.cols; ++d) out.row(t)[d] *= rescale;
+            row_sum[t] = row_sum[t] * rescale + keys.exponentiate(i, finite_max, x);
+            for (int64_t d = 0; rescale < 1 && d < out.cols; ++d) out.row(i)[d] *= rescale;
             if (args.dropout > 0) {
               head.draw_dropout(keys.dropout);
               for (int64_t s = 0; s < n; ++s) x[s] *= keys.dropout[s];
             }
           }
-          gemm(keys.score, head.key_matrix(args.value, first, n), out, true);
+          gemm(keys.score, value, out, true);
         });
-        for (int64_t t = 0; t < queries; ++t) {
-          if (row_sum[t] == 0) continue;  // no key is visible: out stays 0
-          lse[t] = row_max[t] + std::log(row_sum[t]);
-          for (int64_t d = 0; d < out.cols; ++d) out.row(t)[d] /= row_sum[t];
-        }
       });
+      for (int64_t t = 0; t < args.block(); ++t) {
+        if (row_sum[t] == 0) continue;  // no key is visible: out stays 0
+        lse[t] = row_max[t] + std::log(row_sum[t]);
+        for (int64_t d = 0; d < all_out.cols; ++d) all_out.row(t)[d] /= row_sum[t];
+      }
     }
   });
 }
@@ -194,28 +196,32 @@ void backward_heads(
     real* dtable = args.table ? grads.table[at::get_thread_num()].data_ptr<real>() : nullptr;
     for (int64_t batch_head = first; batch_head < end; ++batch_head) {
       Head<real> head(args, batch_head);
-      head.for_query_tiles([&](int64_t first_t, int64_t queries) {
-        const auto query = head.query_matrix(args.query).row_range(first_t, queries);  // (queries, D)
-        const auto dout = head.query_matrix(dout_).row_range(first_t, queries);
-        const auto dquery = head.query_matrix(grads.query).row_range(first_t, queries);
-        const real *lse = head.query_vector(lse_) + first_t, *delta = head.query_vector(delta_) + first_t;
-        head.for_key_tiles([&](int64_t first, int64_t n) {
+      const auto all_queries = head.query_matrix(args.query), all_dout = head.query_matrix(dout_);  // (T, D)
+      const auto all_dquery = head.query_matrix(grads.query);
+      const real *lse = head.query_vector(lse_), *delta = head.query_vector(delta_);
+      head.for_key_tiles([&](int64_t first, int64_t n) {
+        const auto key = head.key_matrix(args.key, first, n), value = head.key_matrix(args.value, first, n);  // (n, D)
+        const auto dkey = head.key_matrix(grads.key, first, n), dvalue = head.key_matrix(grads.value, first, n);
+        real* dspan = head.key_vector(grads.span, first);
+        bool add = false;  // whether dkey and dvalue hold the gradients of earlier queries
+        head.for_query_tiles([&](int64_t first_t, int64_t queries) {
           if (!keys.load(head, first, n, first_t, queries)) return;
-          const auto key = head.key_matrix(args.key, first, n), value = head.key_matrix(args.value, first, n);  // (n, D)
-          real* dspan = head.key_vector(grads.span, first);
+          const auto query = all_queries.row_range(first_t, queries), dout = all_dout.row_range(first_t, queries);
           keys.compute_scores(query, key, table_t);
           keys.gemm_transposed(dout, value, keys.dscore);  // dP
-          for (int64_t t = 0; t < queries; ++t) {
-            real *x = keys.score.row(t), *dx = keys.dscore.row(t);
+          for (int64_t i = 0, t = first_t; i < queries; ++i, ++t) {
+            real *x = keys.score.row(i), *dx = keys.dscore.row(i);
             if (args.dropout > 0) head.draw_dropout(keys.dropout);
-            keys.mask(t, head.max_age(first_t + t, first_t), lse[t], x);
-            keys.differentiate(t, delta[t], x, dx, dspan);
+            keys.mask(i, head.max_age(t, first_t), lse[t], x);
+            keys.differentiate(i, delta[t], x, dx, dspan);
             for (int64_t s = 0; args.bias && s < n; ++s) head.key_vector(grads.bias, first)[s] += dx[s];
           }
-          gemm(keys.score.t(), dout, head.key_matrix(grads.value, first, n), true);
-          keys.compute_score_gradients(
-              query, key, args.table, dquery, head.key_matrix(grads.key, first, n), dtable);
+          gemm(keys.score.t(), dout, dvalue, add);
+          const auto dquery = all_dquery.row_range(first_t, queries);
+          keys.compute_score_gradients(query, key, args.table, dquery, dkey, add, dtable);
+          add = true;
         });
+        if (!add) dkey.fill(0), dvalue.fill(0);  // no query may see these keys
       });
     }
   });
@@ -248,7 +254,7 @@ std::vector<Tensor> backward(
   const auto options = args.query.options();
   const Tensor dout = grad_out.to(lse.scalar_type()), delta = (dout * out).sum(-1).contiguous();  // (B, H, T)
   Gradients grads{at::zeros({query.size(0), query.size(2), query.size(1), query.size(3)}, options).transpose(1, 2),
-                  at::zeros(key.sizes(), options), at::zeros(value.sizes(), options),
+                  at::empty(key.sizes(), options), at::empty(value.sizes(), options),
                   at::zeros({query.size(1), key.size(0)}, options)};
   if (bias) grads.bias = at::zeros_like(grads.span);
   if (args.table) grads.table = at::zeros({at::get_num_threads(), args.table->size(0), args.head_dim()}, options);

@@ -25,6 +25,9 @@ struct Matrix {
   Matrix row_range(int64_t first, int64_t n) const { return {row(first), n, cols, row_stride, col_stride}; }
   Matrix col_range(int64_t first, int64_t n) const { return {col(first), rows, n, row_stride, col_stride}; }
   Matrix t() const { return {data, cols, rows, col_stride, row_stride}; }
+  void fill(real value) const {
+    for (int64_t i = 0; i < rows; ++i) std::fill(row(i), row(i) + cols, value);  // of contiguous rows
+  }
 };
 
 constexpr int PADDING = 32;  // columns: two registers of the widest kind

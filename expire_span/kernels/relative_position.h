@@ -23,8 +23,8 @@ struct PositionScores {
 
   bool any() const { return first_key < end_key; }
 
-  // Prepares for n keys and `block` queries from query `first_t` on. The keys are invisible at distances of `max_visible`
-  // or more.
+  // Prepares for n keys and `block` queries from query `first_t` on. The keys are invisible at distances of
+  // `max_visible` or more.
   void load(
       const AttentionArgs& args, const int64_t* ages, int64_t n, int64_t first_t, int64_t block, double max_visible) {
     first_key = n, end_key = 0;
@@ -63,7 +63,7 @@ struct PositionScores {
   void add_to(Matrix<real> score, Matrix<real> query, real* transposed_table, int64_t width) {
     const int64_t cols = pad_cols(num_rows);
     const Matrix<real> position_t{transposed_table + first_row, query.cols, cols, width};
-    clear();
+    scores.fill(0);
     gemm(query, position_t, scores.col_range(first_column, cols));
     const auto columns = column.data();
     for (int64_t t = 0; t < score.rows; ++t) {
@@ -86,7 +86,7 @@ struct PositionScores {
 
   // Backward of `add_to`: adds to the gradients of query and of the table (rows, D).
   void add_gradients(Matrix<real> dscore, Matrix<real> query, real* table, Matrix<real> dquery, real* dtable) {
-    clear();
+    scores.fill(0);
     const auto columns = column.data();
     for (int64_t t = 0; t < dscore.rows; ++t) {
       const real* __restrict dx = dscore.row(t);
@@ -106,9 +106,5 @@ struct PositionScores {
     const auto by_row = scores.col_range(first_column, num_rows);
     gemm(by_row, Matrix<real>{table + first_row * head_dim, num_rows, head_dim, head_dim}, dquery, true);
     gemm(by_row.t(), query, Matrix<real>{dtable + first_row * head_dim, num_rows, head_dim, head_dim}, true);
-  }
-
-  void clear() const {
-    for (int64_t t = 0; t < scores.rows; ++t) std::fill(scores.row(t), scores.row(t) + scores.cols, real(0));
   }
 };

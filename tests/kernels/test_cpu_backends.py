@@ -318,3 +318,23 @@ def test_more_queries_than_a_tile_holds_give_the_same_also_across_episodes(backe
     time = torch.arange(600)
     constants["reach"] = torch.stack([time + 20, time % 250])  # the second sample's episodes begin within tiles
     assert_equals_reference(inputs, constants, backend)
+
+
+def test_more_queries_than_a_tile_holds_drop_the_same_weights_in_backward(backend):
+    """The output is linear in the values, so that values times their gradients give it back."""
+    inputs, constants = random_inputs((40, 5), heads=2, queries=600, positions=0)
+    torch.manual_seed(5)
+    out, grads = with_gradients(inputs, constants, dropout=0.4, backend=backend)
+    upstream = torch.sin(torch.arange(out.numel(), dtype=torch.double)).view_as(out)
+    assert_equal("sum", (grads[2] * inputs["value"]).sum(), (out * upstream).sum())
+
+
+@pytest.mark.parametrize("queries", [6, 600])
+def test_keys_that_no_query_sees_have_gradients_of_0(queries, backend):
+    inputs, constants = random_inputs((40, 5), queries=queries)
+    inputs["span"].data[: 40 + queries] = -10  # the first sample sees nothing
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody has written with NaN
+    try:
+        assert_equals_reference(inputs, constants, backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
