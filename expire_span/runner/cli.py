@@ -23,6 +23,7 @@ from .config.overrides import (
     apply_overrides,
     is_below,
     is_override,
+    literal,
     parse,
     quote,
     quote_path,
@@ -121,7 +122,9 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
         section_key = re.compile(r"(?!hydra[./])[\w.]+\.[\w.]+=")
         arguments = [f"++{argument}" if section_key.match(argument) else argument for argument in arguments]
     if "resume" in parsed:
-        folder = Path(str(parsed["resume"].value()))
+        folder = Path(str(OmegaConf.create([parsed["resume"].value()])[0]))  # without the escapes of OmegaConf
+        if "${" in str(folder):
+            raise ValueError(f"Hydra cannot work in a folder with ${{ in its name: rename {folder}")
         load_config(folder, overrides)
         new.append(f"hydra.run.dir={quote(str(folder))}")
     elif "evaluate" in parsed and not is_sweep and "hydra.run.dir" not in parsed:
@@ -197,7 +200,7 @@ def evaluate_job(run_folder: Path, folder: Path, overrides: list[str]) -> Metric
     config = trained.config.copy()
     apply_overrides(config, overrides, "evaluate", CHANGED_BY_EVALUATION)
     config = validate(config)
-    config.evaluate = str(run_folder)
+    config.evaluate = literal(str(run_folder))
     files = ConfigFiles(config, trained.hydra, [*trained.overrides, *overrides])
     extras = config_sources(files) | {"simplifications": config_sources(trained)["simplifications"]}
     extras["trained"] = {

@@ -13,7 +13,9 @@ from wait import wait_for_lines
 
 from expire_span.results import load_runs
 from expire_span.runner import cli
+from expire_span.runner.config.overrides import quote
 from expire_span.runner.run_folder import checkpoint
+from expire_span.runner.run_folder.config_files import load_config
 from expire_span.runner.run_folder.files import lock, read_metrics
 
 EXPIRE_SPAN = [sys.executable, "-m", "expire_span"]
@@ -140,12 +142,29 @@ def test_a_start_that_is_refused_leaves_the_run_folder_unchanged(override, folde
     assert "evaluate into another hydra.run.dir" in evaluated_into_itself.stderr
 
 
-def test_a_folder_with_special_characters_in_its_name_can_be_resumed(tmp_path):
-    folder = tmp_path / "lr=1,x"
-    assert run_command(*COPY, "train.updates=2", folder=f"'{folder}'").returncode == 0
-    arguments = [*EXPIRE_SPAN, f"resume={folder}", "train.updates=3"]
-    subprocess.run(arguments, check=True, capture_output=True, timeout=120)
-    assert checkpoint.load(folder)["update"] == 3
+def test_a_folder_with_special_characters_in_its_name_can_be_resumed_and_evaluated(tmp_path):
+    folder, other = tmp_path / "it's (1) lr=1,x", tmp_path / "${x}"
+    assert run_command(*COPY, "train.updates=2", folder=quote(str(folder))).returncode == 0
+    other.symlink_to(folder)
+    messages = {
+        f"resume={folder}": "",
+        f"evaluate={other}": "",
+        f"resume={other}": "Hydra cannot work in a folder with",
+    }
+    for argument, message in messages.items():
+        arguments = [*EXPIRE_SPAN, argument, "eval.splits=[test]"]
+        finished = subprocess.run(arguments, capture_output=True, timeout=120, check=False, text=True, cwd=tmp_path)
+        assert finished.returncode == bool(message), finished.stderr
+        assert message in finished.stderr
+    assert len(list(tmp_path.glob("runs/*/*-evaluate-*/summary.json"))) == 1
+
+
+def test_what_a_variable_of_the_environment_holds_is_not_told_by_the_command_of_the_summary(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEY", "se,cr=e(t#'{")  # and no character of it is read as a part of the override
+    assert run_command(*COPY, "train.updates=2", "wandb.entity=${oc.env:KEY}", folder=tmp_path / "run").returncode == 0
+    assert "se,cr" not in (tmp_path / "run/summary.json").read_text()
+    assert run_command("resume=run", "train.updates=3", folder=tmp_path / "run", cwd=tmp_path).returncode == 0
+    assert load_config(tmp_path / "run").wandb.entity == "se,cr=e(t#'{"
 
 
 @pytest.mark.parametrize("command", ["resume", "evaluate"])
@@ -206,6 +225,9 @@ def test_a_sweep_does_not_resume(monkeypatch):
         (["task=text", "task.path=nowhere.txt"], "task.path=nowhere.txt does not exist"),
         (["evaluate=nowhere"], "nowhere is not a run folder"),
         (["resume=nowhere"], "nowhere is not a run folder"),
+        (["recipe=copy/TYPO"], "recipe=copy/TYPO does not exist"),
+        (["experiment=table3_TYPO"], "experiment=table3_TYPO does not exist; did you mean table3_"),
+        (["seed=1,2"], "seed has several values; add -m"),
         (["run.device=tpu"], "run.device=tpu is not available here"),
         (["model=compressive", "model.max_span=8"], "model.max_span=8 is too short for blocks of 32"),
         (["experiment=table1_expire_span_128k", "size=mini"], "brings its own size; omit size=mini"),

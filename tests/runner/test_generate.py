@@ -139,6 +139,7 @@ def test_the_command_continues_a_prompt_and_reports_speed_and_memory(run, monkey
     [
         (["--prompt", ""], "--prompt is empty"),
         (["--temperature", "-1"], "--temperature must be a number from 0 on, got -1.0"),
+        (["--temperature", "nan"], "--temperature must be a number from 0 on, got nan"),
         (["--top-k", "0"], "--top-k must be at least 1, got 0"),
         (["--max-new-tokens", "-5"], "--max-new-tokens must be at least 1, got -5"),
     ],

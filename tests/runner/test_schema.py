@@ -2,10 +2,11 @@
 
 import pytest
 from omegaconf import OmegaConf
-from tiny_config import compose_config, config_options
+from tiny_config import compose_config, config_options, tiny_config
 
 from expire_span.runner.config.former_names import FORMER_KEYS, check_current_names
 from expire_span.runner.config.schema import validate
+from expire_span.runner.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -82,3 +83,69 @@ def test_interpolated_values_follow_the_keys_they_name():
 def test_an_optimizer_of_torch_takes_its_own_arguments():
     config = validate(compose_config("optimizer._target_=torch.optim.RMSprop", "+optimizer.momentum=0.9"))
     assert config.optimizer.momentum == 0.9
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("transformer.pre_norm=no", False),
+        ("transformer.pre_norm=off", False),
+        ("transformer.pre_norm='false'", False),
+        ("memory.random_drop=off", False),
+        ("run.progress_bar=yes", True),
+        ("optimizer.lr='1e-3'", 1e-3),
+        ("train.batch_size='8'", 8),
+        ("lr_schedule.final_factor=1", 1.0),
+        ("transformer.cutoffs=['10','20']", [10, 20]),
+        ("wandb.project=2025", "2025"),
+        ("wandb.tags=[2025]", ["2025"]),
+        ("evaluate=20251125", "20251125"),
+        ("run.device=1", "1"),
+        ("+optimizer.betas=['0.5',0.9]", [0.5, 0.9]),
+        ("wandb.group=\\${literal}", "${literal}"),
+    ],
+)
+def test_a_value_is_used_as_it_was_converted(override, value):
+    config = validate(compose_config(override))
+    used = OmegaConf.select(config, override.lstrip("+").partition("=")[0])
+    assert used == value
+    assert type(used) is type(value) or OmegaConf.is_list(used)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.grad_clip=nan", "train.grad_clip must be a finite number, got nan"),
+        ("train.grad_clip=-1", "train.grad_clip must be above 0, got -1.0"),
+        ("actor_critic.discount=2", "actor_critic.discount must be at most 1, got 2.0"),
+        ("lr_schedule.final_factor=-1", "lr_schedule.final_factor must be at least 0, got -1.0"),
+        ("lr_schedule.warmup_updates=-1", "lr_schedule.warmup_updates must be at least 0, got -1"),
+        (f"seed={2**64}", f"seed must be at most {2**63 - 1}, got {2**64}"),
+        (f"train.updates={10**30}", "train.updates must not be beyond"),
+        ("run.num_threads=100000", "run.num_threads must be at most 1024"),
+        ("wandb=false", "wandb must be a section of keys, got False; wandb.KEY=VALUE sets one"),
+        ("run=null", "run must be a section of keys, got None"),
+        ("+model._args_=[1]", "model._args_ is not allowed"),
+        ("+optimizer._partial_=true", "optimizer._partial_ is not allowed"),
+        ("+task.episode_length._target_=os.system", "task.episode_length"),
+        ("transformer.cutoffs=true", "transformer.cutoffs must be a list"),
+        ("task._target_=expire_span.ExpireSpan", "must be a subclass of expire_span.tasks.base.Task or"),
+        ("train.updates=50", "train.updates=50 is less than lr_schedule.warmup_updates=20 and"),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_named_in_one_line(override, message):
+    with pytest.raises(ValueError, match="^[^\n]*$") as caught:
+        validate(compose_config(override))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("optimizer", ["LBFGS", "SparseAdam", "Adam, +optimizer.capturable=true"])
+def test_an_optimizer_that_cannot_take_a_step_is_refused_before_the_training(optimizer, tmp_path):
+    overrides = f"optimizer._target_=torch.optim.{optimizer}".split(", ")
+    with pytest.raises(ValueError, match="^optimizer._target_=.* cannot train this model: [^\n]*$"):
+        Trainer(tiny_config(*overrides), tmp_path)
+
+
+def test_random_drop_is_refused_where_the_model_acts(tmp_path):
+    with pytest.raises(ValueError, match="memory.random_drop=true hides from learning what acting has seen"):
+        Trainer(tiny_config("memory.random_drop=true", task="corridor"), tmp_path)

@@ -168,6 +168,14 @@ def test_an_attention_backend_that_is_not_available_is_refused_before_the_traini
     assert not (folder / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("splits", [["valid"], ["test"]])
+def test_an_evaluation_without_targets_is_refused_before_the_training(splits, folder):
+    config = tiny_config("eval.max_blocks=2")  # of 16 timesteps; the answers are at the end of 64
+    config.eval.splits = splits
+    with pytest.raises(ValueError, match=rf"the first 2 blocks of the {splits[0]} split have no targets"):
+        Trainer(config, folder)
+
+
 def test_an_evaluation_that_cannot_work_is_refused_before_the_training(folder, text):
     overrides = ["eval.interval=2", "eval.splits=[test]", "task.valid_fraction=0"]
     with pytest.raises(ValueError, match="the valid split of task.path=.* has 0 tokens"):

@@ -1,8 +1,8 @@
 """Prediction: cross-entropy of the targets of a token stream, block after block."""
 
-import logging
 import math
 from collections import Counter
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,8 +17,6 @@ from ..logging.answer_metrics import ACCURACY_METRICS, AnswerMetrics, loss_to_me
 from ..logging.metrics import MetricAverager, Metrics, RunningMeans
 from ..logging.performance import StepTimer
 
-log = logging.getLogger(__name__)
-
 
 class Prediction:
     """Predict each target from the tokens up to it.
@@ -31,7 +29,9 @@ class Prediction:
     ):
         self.task, self.config, self.device, self.averager, self.timer = task, config, device, averager, timer
         for split in {*config.eval.splits, *(["valid"] if config.eval.interval else [])}:
-            task.stream(split, config.eval.batch_size, config.eval.block_size)
+            stream = task.stream(split, config.eval.batch_size, config.eval.block_size)
+            if not any(map(count_targets, islice(stream, config.eval.max_blocks))):
+                raise no_targets(split, config)
         self.stream = task.stream("train", config.train.batch_size, config.train.block_size)
         self.blocks = 0
         self.progress = MetricAverager()  # accuracy since the curriculum's last decision
@@ -116,8 +116,8 @@ class Prediction:
             timesteps = batch.tokens.shape[1]  # the last block may be shorter, and counts for less
             averager.add({"timesteps": timesteps} | {name: timesteps * value for name, value in metrics.items()})
         if not answers.counts[0]:
-            log.warning(f"the first {config.eval.max_blocks} blocks of {split} have no targets: raise eval.max_blocks")
-        elif not answers.nats.isfinite():
+            raise no_targets(split, config)
+        if not answers.nats.isfinite():
             raise ValueError(
                 f"{split}/loss is {answers.nats.item()}: the weights have diverged; try a lower optimizer.lr"
             )
@@ -147,6 +147,12 @@ def loss_and_predictions(
     rows = (targets != IGNORE_INDEX).nonzero_static(size=num_targets).squeeze(1)  # (num_targets,), without a sync
     losses = model.output_head.token_losses(logits.flatten(0, 1)[rows], targets[rows])
     return losses, model.output_head.predict(logits.detach()) if metric in ACCURACY_METRICS else None
+
+
+def no_targets(split: str, config: DictConfig) -> ValueError:
+    """The error of an evaluation that would have no result."""
+    blocks = "" if config.eval.max_blocks is None else f"the first {config.eval.max_blocks} blocks of "
+    return ValueError(f"{blocks}the {split} split have no targets to evaluate; use a larger eval.max_blocks, or null")
 
 
 def count_targets(batch: Batch) -> int:
