@@ -149,13 +149,13 @@ class ActorCritic:
         envs = task.make_envs(config.eval.batch_size, device, split=split)
         generator = torch.Generator(device).manual_seed(config.seed)
         state, averager = model.initial_state(config.eval.batch_size), RunningMeans()
-        by_distance = AccuracyByDistance(device, model.max_reach(config.eval.get("span_cap")))
+        by_distance = AccuracyByDistance(device, model.max_reach(config.eval.span_cap))
         block_size = config.eval.block_size
         steps_left = config.eval.max_blocks * block_size  # in which counted episodes may begin
         while steps_left > 0 or (envs.steps > -steps_left).any():
             with autocast(config, device):
                 _, state, means = collect_rollout(
-                    model, state, envs, generator, block_size, steps_left, by_distance, config.eval.get("span_cap")
+                    model, state, envs, generator, block_size, steps_left, by_distance, config.eval.span_cap
                 )
             del means["span_loss"]
             averager.add(means)

@@ -101,7 +101,7 @@ class Prediction:
     def evaluate(model: Any, task: Task, split: str, config: DictConfig, device: torch.device) -> Metrics:
         """Metrics split/... of a split, or of its first `eval.max_blocks` blocks, starting with empty memories."""
         model.eval()
-        answers = AnswerMetrics(task.scoring, device, model.max_reach(config.eval.get("span_cap")))
+        answers = AnswerMetrics(task.scoring, device, model.max_reach(config.eval.span_cap))
         averager = RunningMeans()
         state = model.initial_state(config.eval.batch_size)
         stream = task.stream(split, config.eval.batch_size, config.eval.block_size)
@@ -110,7 +110,7 @@ class Prediction:
                 break
             num_targets, batch = count_targets(batch), to_device(batch, device)
             with autocast(config, device):
-                logits, state, metrics = model(batch.tokens, state, batch.reach, config.eval.get("span_cap"))
+                logits, state, metrics = model(batch.tokens, state, batch.reach, config.eval.span_cap)
                 answers.add(*loss_and_predictions(model, logits, batch, num_targets, task.metric), batch)
             del metrics["span_loss"]
             timesteps = batch.tokens.shape[1]  # the last block may be shorter, and counts for less

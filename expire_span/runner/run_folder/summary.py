@@ -41,7 +41,7 @@ def run_summary(
             "eval_batch_size": config.eval.batch_size,
             "eval_block_size": config.eval.block_size,
             "eval_max_blocks": config.eval.max_blocks,
-            "eval_span_cap": config.eval.get("span_cap"),
+            "eval_span_cap": config.eval.span_cap,
             "initial_memory": "empty",
             "max_span": config.model.get("max_span"),
             "seed": config.seed,
