@@ -7,9 +7,10 @@ import sys
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -26,7 +27,7 @@ from .config.overrides import (
     literal,
     parse,
     quote,
-    quote_path,
+    quote_text,
     sweep_folder_name,
 )
 from .config.schema import validate
@@ -65,6 +66,7 @@ def run_command() -> None:
         Plugins.instance().register(InstalledConfigs)
         check_current_names(sys.argv[1:])
         sys.argv[1:] = hydra_arguments(sys.argv[1:])
+        check_flags(sys.argv[1:])
         hydra_main()
     except Stopped as stop:
         ignore_further_signals()
@@ -92,7 +94,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
         ValueError: for an override that cannot be read, for a sweep of resume=RUN, or for several values without -m.
         FileNotFoundError: if resume=RUN does not name a run folder.
     """
-    arguments = [quote_path(argument) if is_override(argument) else argument for argument in arguments]
+    arguments = [quote_text(argument) if is_override(argument) else argument for argument in arguments]
     overrides = [argument for argument in arguments if is_override(argument)]
     parsed = {override.key_or_group: override for override in map(parse, overrides)}
     for action in ("evaluate", "resume"):
@@ -137,6 +139,18 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     flags = [text for text in arguments if not is_override(text) and text not in ("-m", "--multirun")]
     # Hydra takes the overrides in one piece, and a flag such as --info takes what follows it.
     return [*multirun, *overrides, *new, *flags]
+
+
+def check_flags(arguments: list[str]) -> None:
+    """Raises ValueError for a flag that Hydra does not take, for which its parser would print the whole usage."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message}; see expire-span --help")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    if parser.parse_args(arguments).experimental_rerun:
+        raise ValueError("--experimental-rerun would load a pickle, which can run code; resume=RUN continues a run")
 
 
 @hydra.main(config_path="pkg://expire_span.conf", config_name="config", version_base="1.3")

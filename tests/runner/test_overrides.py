@@ -14,7 +14,7 @@ from expire_span.runner.config.overrides import (
     literal,
     parse,
     quote,
-    quote_path,
+    quote_text,
     sweep_folder_name,
 )
 
@@ -29,12 +29,19 @@ def test_a_quoted_value_is_read_as_exactly_its_text(text):
 
 def test_paths_from_the_home_folder_and_run_folders_with_odd_names_are_quoted(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    assert parse(quote_path("task.path=~/a,b.txt")).value() == "/home/someone/a,b.txt"
-    assert quote_path("~train.grad_clip") == "~train.grad_clip"
+    assert parse(quote_text("task.path=~/a,b.txt")).value() == "/home/someone/a,b.txt"
+    assert quote_text("~train.grad_clip") == "~train.grad_clip"
     run = tmp_path / "it's (1) = ${run}"
     run.mkdir()
-    assert OmegaConf.create([parse(quote_path(f"resume={run}")).value()])[0] == str(run)
-    assert quote_path("resume=runs/a-1") == "resume=runs/a-1"
+    assert OmegaConf.create([parse(quote_text(f"resume={run}")).value()])[0] == str(run)
+    assert quote_text("resume=runs/a-1") == "resume=runs/a-1"
+
+
+@pytest.mark.parametrize("name", ["1e3", "12e4", "007", "1_000", "20251125", "-1", ".5", "nan", "true", "2025-11-25"])
+def test_a_name_that_looks_like_a_number_is_used_as_it_was_typed(name):
+    for key in ("evaluate", "task.path", "wandb.project", "++wandb.group"):
+        assert parse(quote_text(f"{key}={name}")).value() == name
+    assert quote_text(f"optimizer.lr={name}") == f"optimizer.lr={name}"
 
 
 def test_overrides_of_a_run_take_references_from_its_own_config():

@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+NAMES = ("evaluate", "resume", "task.path", "wandb.project", "wandb.entity", "wandb.group")  # keys of names and paths
 GROUPS = ("task", "model", "size", "recipe", "experiment")
 
 
@@ -34,11 +35,16 @@ def quote(text: str) -> str:
     return "'" + text.replace("${", r"\${") + "'"
 
 
-def quote_path(override: str) -> str:
-    """Quote the value of KEY=PATH where it begins with ~ or, for a run folder, where it exists."""
+def quote_text(override: str) -> str:
+    """Quote the value of an override that is a text but would be read as something else.
+
+    That is a path that begins with ~, the name of a run folder that exists, or a name that looks like a number: 12e4.
+    """
     key, equals, value = override.partition("=")
-    is_run = key in ("evaluate", "resume") and os.path.exists(value) and not re.fullmatch(r"[\w./+-]+", value)
-    if equals and (is_run or re.match(r"~\w*(/|$)", value)):
+    name = key.lstrip("+")
+    is_run = name in ("evaluate", "resume") and os.path.exists(value) and not re.fullmatch(r"[\w./+-]+", value)
+    is_number = name in NAMES and re.fullmatch(r"[+-]?(\d[\w.+-]*|\.\d+|nan|inf)|true|false", value, re.IGNORECASE)
+    if equals and (is_run or is_number or re.match(r"~\w*(/|$)", value)):
         return f"{key}={quote(str(Path(value).expanduser()))}"
     return override
 
