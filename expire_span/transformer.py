@@ -56,6 +56,9 @@ class TransformerConfig:
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "feedforward_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"transformer.{name} must be at least 1, got {getattr(self, name)}")
         if self.num_heads < 1 or self.hidden_size % self.num_heads:
             raise ValueError(
                 f"transformer.num_heads must divide transformer.hidden_size={self.hidden_size}, got {self.num_heads}"
@@ -215,8 +218,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, mechanisms: Sequence[Mechanism]):
         super().__init__()
-        if not mechanisms:
-            raise ValueError("mechanisms must be one per layer, as in [ExpireSpan(...) for _ in range(4)]; got none")
+        if isinstance(mechanisms, Mechanism) or not mechanisms:
+            raise ValueError("mechanisms must be one per layer, as in [ExpireSpan(...) for _ in range(4)]")
         self.config = config
         size = config.hidden_size
         if config.cutoffs is None:

@@ -9,6 +9,8 @@ As in the released code, no head sees farther than L, even where its ramp would 
 the last min(L, max z + R) memories.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -40,8 +42,8 @@ class AdaptiveSpan(Mechanism):
         super().__init__(max_span, ramp, max_span if num_positions is None else num_positions)
         if not 0 <= init_span_ratio <= 1:
             raise ValueError(f"model.init_span_ratio must lie between 0 and 1, got {init_span_ratio}")
-        if alpha < 0:
-            raise ValueError(f"model.alpha must not be negative, got {alpha}")
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"model.alpha must be a number that is not negative, got {alpha}")
         self.max_distance = max_span
         self.alpha, self.init_span_ratio = alpha, init_span_ratio
         self.span_ratio = nn.Parameter(torch.full((num_heads,), float(init_span_ratio)))  # (H,)

@@ -47,8 +47,10 @@ class ExpireSpan(Mechanism):
         super().__init__(max_span, ramp, num_positions)
         if not 0 < init_span_ratio < 1:
             raise ValueError(f"model.init_span_ratio must lie strictly between 0 and 1, got {init_span_ratio}")
-        if alpha < 0:
-            raise ValueError(f"model.alpha must not be negative, got {alpha}")
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"model.alpha must be a number that is not negative, got {alpha}")
+        if not 0 < pre_div < math.inf:
+            raise ValueError(f"model.pre_div must be positive, got {pre_div}")
         self.alpha, self.init_span_ratio = alpha, init_span_ratio
         self.pre_div, self.random_drop = pre_div, random_drop
         self.weight = nn.Parameter(torch.zeros(hidden_size))  # (d,)

@@ -47,7 +47,7 @@ class Mechanism(nn.Module):
         super().__init__()
         if max_span < 1:
             raise ValueError(f"model.max_span must be at least 1 timestep, got {max_span}")
-        if ramp <= 0:
+        if not 0 < ramp < math.inf:
             raise ValueError(f"model.ramp must be positive (timesteps), got {ramp}; a hard edge is model.ramp=1")
         if num_positions < 0:
             raise ValueError(f"model.num_positions must not be negative, got {num_positions}; 0 is without positions")

@@ -279,10 +279,16 @@ def test_the_spans_of_adaptive_span_stay_between_0_and_max_span():
             lambda: ExpireSpan(4, 10, 2, 0.1, 4, init_span_ratio=1.0),
             "init_span_ratio must lie strictly between 0 and 1",
         ),
+        (lambda: ExpireSpan(4, 10, math.nan, 0.1, 4), "model.ramp must be positive"),
+        (lambda: ExpireSpan(4, 10, 2, math.nan, 4), "model.alpha must be a number that is not negative, got nan"),
+        (lambda: AdaptiveSpan(2, 10, 2, math.nan), "model.alpha must be a number that is not negative, got nan"),
+        (lambda: ExpireSpan(4, 10, 2, 0.1, 4, pre_div=0), "model.pre_div must be positive, got 0"),
+        (lambda: TransformerConfig(0, 8, 2, 8), "transformer.vocab_size must be at least 1, got 0"),
+        (lambda: TransformerConfig(5, 0, 2, 8), "transformer.hidden_size must be at least 1, got 0"),
+        (lambda: Transformer(TransformerConfig(5, 8, 2, 8), TransXL(4)), "mechanisms must be one per layer"),
         (lambda: Compressive(10, 0), "model.compressed_size and model.compression_rate must be at least 1"),
         (lambda: TransformerConfig(5, 10, 3, 8), "transformer.num_heads must divide transformer.hidden_size"),
     ],
-    ids=["max_span", "ramp", "positions", "init", "compressed", "heads"],
 )
 def test_impossible_sizes_are_refused_with_the_key(build, message):
     with pytest.raises(ValueError, match=message):
