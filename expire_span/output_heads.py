@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 
+from .checks import check_integers
+
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Convert bfloat16 and float16 to float32: they are too coarse for probabilities."""
@@ -48,11 +50,13 @@ class AdaptiveSoftmax(nn.Module):
 
     def __init__(self, hidden_size: int, vocab_size: int, cutoffs: Sequence[int]):
         super().__init__()
+        for cutoff in cutoffs:
+            check_integers(1, cutoffs=cutoff)
         self.boundaries = [0, *cutoffs, vocab_size]
         if sorted(set(self.boundaries)) != self.boundaries or hidden_size < 4 ** len(cutoffs):
             raise ValueError(
-                f"transformer.cutoffs must increase from above 0 to below the {vocab_size} tokens, and be so few that "
-                f"transformer.hidden_size={hidden_size} can be divided by 4 for each; got {list(cutoffs)}"
+                f"cutoffs must increase from above 0 to below the {vocab_size} tokens, and be so few that "
+                f"hidden_size={hidden_size} can be divided by 4 for each; got {list(cutoffs)}"
             )
         self.softmax = nn.AdaptiveLogSoftmaxWithLoss(hidden_size, vocab_size, list(cutoffs), div_value=4.0)
 

@@ -11,6 +11,7 @@ from torch.nn.functional import dropout, relu
 from torch.utils.checkpoint import checkpoint
 
 from .attention import soft_mask
+from .checks import check_integers, check_tokens
 from .kernels.dispatch import BACKENDS
 from .kernels.packed_layout import NEVER, sample_index
 from .memory.mechanism import Mechanism, memory_size, visible_distances
@@ -56,21 +57,20 @@ class TransformerConfig:
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "feedforward_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"transformer.{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_heads < 1 or self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"transformer.num_heads must divide transformer.hidden_size={self.hidden_size}, got {self.num_heads}"
-            )
+        check_integers(1, vocab_size=self.vocab_size, hidden_size=self.hidden_size, num_heads=self.num_heads)
+        check_integers(1, feedforward_size=self.feedforward_size)
+        if self.num_classes is not None:
+            check_integers(1, num_classes=self.num_classes)
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads must divide hidden_size={self.hidden_size}, got {self.num_heads}")
         for name in ("dropout", "embedding_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"transformer.{name} must lie between 0 and 1, got {getattr(self, name)}")
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.attention_backend not in BACKENDS:
             backends = ", ".join(BACKENDS)
-            raise ValueError(f"transformer.attention_backend must be one of {backends}, got {self.attention_backend}")
+            raise ValueError(f"attention_backend must be one of {backends}, got {self.attention_backend}")
         if self.embedding_std is not None and not self.embedding_std > 0:
-            raise ValueError(f"transformer.embedding_std must be positive or null, got {self.embedding_std}")
+            raise ValueError(f"embedding_std must be positive or null, got {self.embedding_std}")
 
 
 class TransformerBlock(nn.Module):
@@ -220,6 +220,12 @@ class Transformer(nn.Module):
         super().__init__()
         if isinstance(mechanisms, Mechanism) or not mechanisms:
             raise ValueError("mechanisms must be one per layer, as in [ExpireSpan(...) for _ in range(4)]")
+        for layer, mechanism in enumerate(mechanisms):
+            for name in ("hidden_size", "num_heads"):
+                value, expected = getattr(mechanism, name), getattr(config, name)
+                if value not in (None, expected):
+                    kind = type(mechanism).__name__
+                    raise ValueError(f"{name} of layer {layer}'s {kind} must be the config's {expected}, got {value}")
         self.config = config
         size = config.hidden_size
         if config.cutoffs is None:
@@ -270,7 +276,16 @@ class Transformer(nn.Module):
         Returns:
             The logits (B, T, num_classes), or with an adaptive softmax the hidden states (B, T, d), for `output_head`;
             the detached state for the next block; and the metrics of `aggregate_metrics`.
+
+        Raises:
+            ValueError: If tokens, state and reach do not fit together, or an id is out of range (on a CPU).
         """
+        memories = state["layers"]
+        if len(memories) != len(self.layers):
+            raise ValueError(f"state must be of a model of {len(self.layers)} layers, got {len(memories)}")
+        check_tokens(tokens, memories[0].offsets.shape[-1] - 1, self.config.vocab_size)
+        if reach is not None and reach.shape != tokens.shape[:2]:
+            raise ValueError(f"reach must be (B, T) = {tuple(tokens.shape[:2])}, got {tuple(reach.shape)}")
         hidden = dropout(self.embed(tokens), self.config.embedding_dropout, self.training)  # (B, T, d)
 
         batch_size, block_size = hidden.shape[:2]
@@ -281,7 +296,6 @@ class Transformer(nn.Module):
             reach = limit.expand(batch_size, block_size) if reach is None else torch.minimum(reach, limit)
 
         fingerprint = self.weights_fingerprint() if self.uses_kv_cache else []
-        memories = state["layers"]
         if not self.uses_kv_cache or state.get("weights_fingerprint") != fingerprint:
             memories = [memory._replace(kv=None) for memory in memories]  # the cached keys belong to other weights
         memories = [with_max_age(memory, state["step"]) for memory in memories]

@@ -73,9 +73,9 @@ def test_losses_of_the_linear_head_are_cross_entropy_in_float32_even_for_bfloat1
     assert_equal("losses", head.token_losses(logits, targets), -log_probs.gather(1, targets[:, None])[:, 0])
 
 
-@pytest.mark.parametrize("cutoffs", [[0, 5], [9, 5], [5, 40], [2, 4, 6]], ids=str)
+@pytest.mark.parametrize("cutoffs", [[0, 5], [9, 5], [5, 5], [5, 40], [2.5, 9], [2, 4, 6]], ids=str)
 def test_impossible_cutoffs_are_refused(cutoffs):
-    with pytest.raises(ValueError, match="transformer.cutoffs must increase"):
+    with pytest.raises(ValueError, match="cutoffs must"):
         AdaptiveSoftmax(hidden_size=16, vocab_size=30, cutoffs=cutoffs)
 
 

@@ -6,7 +6,9 @@ from assertions import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import expire_span.memory_attention as memory_attention
+import expire_span.transformer as transformer
 from expire_span import AdaptiveSpan, Compressive, ExpireSpan, Transformer, TransformerConfig, TransXL
+from expire_span.checks import check_tokens
 
 CONFIG = TransformerConfig(vocab_size=7, hidden_size=8, num_heads=2, feedforward_size=16)
 
@@ -118,6 +120,39 @@ def test_a_model_without_layers_is_refused():
         Transformer(CONFIG, [])
 
 
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"tokens": torch.zeros(6, dtype=torch.long)}, r"tokens must be \(B, T\) or .* got \(6,\)"),
+        ({"tokens": torch.zeros(2, 0, dtype=torch.long)}, r"tokens must be .* not empty, got \(2, 0\)"),
+        ({"tokens": torch.zeros(3, 6, dtype=torch.long)}, r"as many samples as the state, 2, got \(3, 6\)"),
+        ({"tokens": torch.zeros(2, 6)}, r"floats must be \(B, T, vocab_size=7\), got \(2, 6\)"),
+        ({"tokens": torch.zeros(2, 6, 8)}, r"floats must be \(B, T, vocab_size=7\), got \(2, 6, 8\)"),
+        ({"tokens": torch.full((2, 6), 7)}, "tokens must lie between 0 and vocab_size - 1 = 6, got 7"),
+        ({"tokens": torch.full((2, 6, 2), -1)}, "tokens must lie between 0 and vocab_size - 1 = 6, got -1"),
+        ({"reach": torch.zeros(2, 5, dtype=torch.long)}, r"reach must be \(B, T\) = \(2, 6\), got \(2, 5\)"),
+        ({"reach": torch.zeros(6, dtype=torch.long)}, r"reach must be \(B, T\) = \(2, 6\), got \(6,\)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cutoffs", [None, [3]], ids=["linear", "adaptive softmax"])
+def test_inputs_that_do_not_fit_the_model_or_the_state_are_refused(cutoffs, inputs, message):
+    model = Transformer(TransformerConfig(7, 8, 2, 16, cutoffs=cutoffs), [TransXL(4)])
+    inputs = {"tokens": torch.zeros(2, 6, dtype=torch.long)} | inputs
+    with pytest.raises(ValueError, match=message):
+        model(state=model.initial_state(2), **inputs)
+
+
+def test_on_other_devices_than_a_cpu_no_check_of_the_tokens_waits_for_them():
+    check_tokens(torch.zeros(2, 6, dtype=torch.long, device="meta"), batch_size=2, vocab_size=7)  # has no values
+
+
+def test_the_state_of_a_model_with_other_layers_is_refused():
+    model, other = (Transformer(CONFIG, [TransXL(4) for _ in range(layers)]) for layers in (1, 2))
+    with pytest.raises(ValueError, match="state must be of a model of 1 layers, got 2"):
+        model(torch.zeros(2, 6, dtype=torch.long), other.initial_state(2))
+
+
 def outputs_and_gradients(tokens, **options):
     """The outputs and gradients of a model over four blocks, by name, and the most bytes that a block saved."""
     torch.manual_seed(0)
@@ -152,6 +187,7 @@ def test_activation_checkpointing_gives_the_same_gradients_and_saves_less():
 def test_a_block_waits_for_the_device_only_once(monkeypatch):
     """That is to learn how many memories are kept. On CUDA each wait empties the queue of work."""
     monkeypatch.setattr(memory_attention, "packed_span_attention", lambda query, *rest, **mask_inputs: query)
+    monkeypatch.setattr(transformer, "check_tokens", lambda *_: None)  # which looks at the ids on a CPU only
     waits = []
 
     class RecordWaits(TorchDispatchMode):

@@ -50,8 +50,7 @@ def backend_module(backend: str, like: Tensor) -> Any:
     if selected == "triton":
         return import_module(".triton_backend", __package__)
     raise ValueError(
-        "torch.compile needs the C++ or the Triton backend, and neither is available; use "
-        "transformer.attention_backend=torch"
+        "torch.compile needs the C++ or the Triton backend, and neither is available; use attention_backend=torch"
     )
 
 

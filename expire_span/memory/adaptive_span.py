@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_integers
 from .mechanism import Mechanism
 from .packed import Memory
 
@@ -40,11 +41,12 @@ class AdaptiveSpan(Mechanism):
         num_positions: int | None = None,
     ):
         super().__init__(max_span, ramp, max_span if num_positions is None else num_positions)
+        check_integers(1, num_heads=num_heads)
         if not 0 <= init_span_ratio <= 1:
-            raise ValueError(f"model.init_span_ratio must lie between 0 and 1, got {init_span_ratio}")
+            raise ValueError(f"init_span_ratio must lie between 0 and 1, got {init_span_ratio}")
         if not 0 <= alpha < math.inf:
-            raise ValueError(f"model.alpha must be a number that is not negative, got {alpha}")
-        self.max_distance = max_span
+            raise ValueError(f"alpha must be a number that is not negative, got {alpha}")
+        self.num_heads, self.max_distance = num_heads, max_span
         self.alpha, self.init_span_ratio = alpha, init_span_ratio
         self.span_ratio = nn.Parameter(torch.full((num_heads,), float(init_span_ratio)))  # (H,)
 

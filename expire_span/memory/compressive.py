@@ -9,6 +9,7 @@ Both kinds have a fixed span. The distance of a pooled state is that of the olde
 import torch
 from torch import Tensor
 
+from ..checks import check_integers
 from ..kernels.packed_layout import NEVER, sample_index
 from .mechanism import Mechanism
 from .packed import Memory, from_dense
@@ -28,9 +29,7 @@ class Compressive(Mechanism):
     """
 
     def __init__(self, max_span: int, compressed_size: int, compression_rate: int = 4):
-        if compressed_size < 1 or compression_rate < 1:
-            sizes = f"{compressed_size} and {compression_rate}"
-            raise ValueError(f"model.compressed_size and model.compression_rate must be at least 1, got {sizes}")
+        check_integers(1, max_span=max_span, compressed_size=compressed_size, compression_rate=compression_rate)
         super().__init__(max_span, ramp=1, num_positions=max_span + compressed_size + 1)
         self.compressed_size, self.compression_rate = compressed_size, compression_rate
         self.max_block_size = max(1, max_span - compression_rate + 1)
@@ -46,8 +45,8 @@ class Compressive(Mechanism):
         batch_size, block_size, rate = memory.offsets.shape[-1] - 1, len(time), self.compression_rate
         if block_size > self.max_span or (block_size % rate and block_size + rate - 1 > self.max_span):
             raise ValueError(
-                f"model.max_span={self.max_span} is too short for blocks of {block_size} timesteps, since only states "
-                f"older than the block are pooled; use model.max_span >= {block_size + rate - 1} or shorter blocks"
+                f"max_span={self.max_span} is too short for blocks of {block_size} timesteps, since only states older "
+                f"than the block are pooled; use max_span >= {block_size + rate - 1} or shorter blocks"
             )
         num_groups = -(-block_size // rate)  # an upper bound, which does not depend on `time`
         first_oldest = (time[0] + rate - 1) // rate * rate - self.max_span

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_integers
 from .mechanism import Mechanism
 from .packed import Memory
 
@@ -45,13 +46,14 @@ class ExpireSpan(Mechanism):
         random_drop: bool = False,
     ):
         super().__init__(max_span, ramp, num_positions)
+        check_integers(1, hidden_size=hidden_size)
         if not 0 < init_span_ratio < 1:
-            raise ValueError(f"model.init_span_ratio must lie strictly between 0 and 1, got {init_span_ratio}")
+            raise ValueError(f"init_span_ratio must lie strictly between 0 and 1, got {init_span_ratio}")
         if not 0 <= alpha < math.inf:
-            raise ValueError(f"model.alpha must be a number that is not negative, got {alpha}")
+            raise ValueError(f"alpha must be a number that is not negative, got {alpha}")
         if not 0 < pre_div < math.inf:
-            raise ValueError(f"model.pre_div must be positive, got {pre_div}")
-        self.alpha, self.init_span_ratio = alpha, init_span_ratio
+            raise ValueError(f"pre_div must be positive, got {pre_div}")
+        self.hidden_size, self.alpha, self.init_span_ratio = hidden_size, alpha, init_span_ratio
         self.pre_div, self.random_drop = pre_div, random_drop
         self.weight = nn.Parameter(torch.zeros(hidden_size))  # (d,)
         self.bias = nn.Parameter(torch.tensor(math.log(init_span_ratio / (1 - init_span_ratio))))

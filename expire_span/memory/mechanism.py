@@ -1,10 +1,12 @@
 """The interface of a memory mechanism; everything else in a model is shared (section 5.1)."""
 
+import inspect
 import math
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_integers
 from .packed import Memory
 
 
@@ -37,23 +39,29 @@ class Mechanism(nn.Module):
         max_block_size: Timesteps: blocks of any length up to this can be processed.
         max_distance: Memories farther away than this, in timesteps, are invisible and deleted (None: only the span
             decides).
+        hidden_size, num_heads: Those of the only models that the mechanism is for (None: any).
     """
 
     random_drop = False
     max_block_size = 2**40
     max_distance: int | None = None
+    hidden_size: int | None = None
+    num_heads: int | None = None
 
     def __init__(self, max_span: int, ramp: float, num_positions: int):
         super().__init__()
-        if max_span < 1:
-            raise ValueError(f"model.max_span must be at least 1 timestep, got {max_span}")
+        check_integers(1, max_span=max_span)
+        check_integers(0, num_positions=num_positions)
         if not 0 < ramp < math.inf:
-            raise ValueError(f"model.ramp must be positive (timesteps), got {ramp}; a hard edge is model.ramp=1")
-        if num_positions < 0:
-            raise ValueError(f"model.num_positions must not be negative, got {num_positions}; 0 is without positions")
+            raise ValueError(f"ramp must be a positive number of timesteps, got {ramp}; a hard edge is ramp=1")
         self.max_span, self.ramp, self.num_positions = max_span, ramp, num_positions
         self.rows: Tensor | None
         self.register_buffer("rows", None, persistent=False)
+
+    def extra_repr(self) -> str:
+        """Return the arguments of the constructor, as far as there are attributes of their names, for `print`."""
+        names = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     @property
     def max_reach(self) -> int:

@@ -272,25 +272,40 @@ def test_the_spans_of_adaptive_span_stay_between_0_and_max_span():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: TransXL(0), "model.max_span must be at least 1"),
-        (lambda: AdaptiveSpan(2, 10, 0, 0.1), "model.ramp must be positive"),
-        (lambda: ExpireSpan(4, 10, 2, 0.1, num_positions=-1), "model.num_positions must not be negative"),
+        (lambda: TransXL(0), "^max_span must be an integer of at least 1, got 0"),
+        (lambda: AdaptiveSpan(2, 10, 0, 0.1), "^ramp must be a positive number"),
+        (
+            lambda: ExpireSpan(4, 10, 2, 0.1, num_positions=-1),
+            "^num_positions must be an integer of at least 0, got -1",
+        ),
         (
             lambda: ExpireSpan(4, 10, 2, 0.1, 4, init_span_ratio=1.0),
-            "init_span_ratio must lie strictly between 0 and 1",
+            "^init_span_ratio must lie strictly between 0 and 1",
         ),
-        (lambda: ExpireSpan(4, 10, math.nan, 0.1, 4), "model.ramp must be positive"),
-        (lambda: ExpireSpan(4, 10, 2, math.nan, 4), "model.alpha must be a number that is not negative, got nan"),
-        (lambda: AdaptiveSpan(2, 10, 2, math.nan), "model.alpha must be a number that is not negative, got nan"),
-        (lambda: ExpireSpan(4, 10, 2, 0.1, 4, pre_div=0), "model.pre_div must be positive, got 0"),
-        (lambda: TransformerConfig(0, 8, 2, 8), "transformer.vocab_size must be at least 1, got 0"),
-        (lambda: TransformerConfig(5, 0, 2, 8), "transformer.hidden_size must be at least 1, got 0"),
+        (lambda: ExpireSpan(4, 10, math.nan, 0.1, 4), "^ramp must be a positive number"),
+        (lambda: ExpireSpan(4, 10, 2, math.nan, 4), "^alpha must be a number that is not negative, got nan"),
+        (lambda: AdaptiveSpan(2, 10, 2, math.nan), "^alpha must be a number that is not negative, got nan"),
+        (lambda: ExpireSpan(4, 10, 2, 0.1, 4, pre_div=0), "^pre_div must be positive, got 0"),
+        (lambda: TransformerConfig(0, 8, 2, 8), "^vocab_size must be an integer of at least 1, got 0"),
+        (lambda: TransformerConfig(5, 0, 2, 8), "^hidden_size must be an integer of at least 1, got 0"),
         (lambda: Transformer(TransformerConfig(5, 8, 2, 8), TransXL(4)), "mechanisms must be one per layer"),
-        (lambda: Compressive(10, 0), "model.compressed_size and model.compression_rate must be at least 1"),
-        (lambda: TransformerConfig(5, 10, 3, 8), "transformer.num_heads must divide transformer.hidden_size"),
+        (lambda: TransXL(10.5), "^max_span must be an integer of at least 1, got 10.5"),
+        (lambda: Compressive(10, 4, 1.5), "^compression_rate must be an integer of at least 1, got 1.5"),
+        (lambda: AdaptiveSpan(0, 10, 2, 0.1), "^num_heads must be an integer of at least 1, got 0"),
+        (lambda: TransformerConfig(5, 8, 2, 8, num_classes=0), "^num_classes must be an integer of at least 1, got 0"),
+        (
+            lambda: Transformer(TransformerConfig(5, 8, 2, 8), [TransXL(4), ExpireSpan(4, 10, 2, 0.1, 4)]),
+            "^hidden_size of layer 1's ExpireSpan must be the config's 8, got 4",
+        ),
+        (
+            lambda: Transformer(TransformerConfig(5, 8, 2, 8), [AdaptiveSpan(1, 10, 2, 0.1)]),
+            "^num_heads of layer 0's AdaptiveSpan must be the config's 2, got 1",
+        ),
+        (lambda: Compressive(10, 0), "^compressed_size must be an integer of at least 1, got 0"),
+        (lambda: TransformerConfig(5, 10, 3, 8), "^num_heads must divide hidden_size=10, got 3"),
     ],
 )
-def test_impossible_sizes_are_refused_with_the_key(build, message):
+def test_impossible_sizes_are_refused_with_the_argument(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
@@ -329,3 +344,20 @@ def test_the_mechanism_in_the_documentation_learns_its_span_and_forgets():
     assert task_gradient.abs().item() > 0
     assert model.mechanisms[0].logit.grad.item() > task_gradient.item()  # the loss shortens the span
     assert state["layers"][0].offsets.diff().tolist() == [13, 13]  # distances below 10 + 4
+
+
+def test_printing_a_model_shows_the_arguments_of_its_mechanisms():
+    mechanisms = [
+        ExpireSpan(8, max_span=64, ramp=4.0, alpha=1e-6, num_positions=8, random_drop=True),
+        AdaptiveSpan(2, max_span=16, ramp=4.0, alpha=0.1),
+        TransXL(16),
+        Compressive(16, compressed_size=4),
+    ]
+    text = str(Transformer(TransformerConfig(5, 8, 2, 16), mechanisms))
+    assert (
+        "ExpireSpan(hidden_size=8, max_span=64, ramp=4.0, alpha=1e-06, num_positions=8, init_span_ratio=0.1, "
+        "pre_div=1.0, random_drop=True)"
+    ) in text
+    assert "AdaptiveSpan(num_heads=2, max_span=16, ramp=4.0, alpha=0.1, init_span_ratio=0.0, num_positions=16)" in text
+    assert "TransXL(max_span=16, num_positions=16)" in text
+    assert "Compressive(max_span=16, compressed_size=4, compression_rate=4)" in text

@@ -229,7 +229,7 @@ def test_a_sweep_does_not_resume(monkeypatch):
         (["experiment=table3_TYPO"], "experiment=table3_TYPO does not exist; did you mean table3_"),
         (["seed=1,2"], "seed has several values; add -m"),
         (["run.device=tpu"], "run.device=tpu is not available here"),
-        (["model=compressive", "model.max_span=8"], "model.max_span=8 is too short for blocks of 32"),
+        (["model=compressive", "model.max_span=8"], "max_span=8 is too short for blocks of 32"),
         (["experiment=table1_expire_span_128k", "size=mini"], "brings its own size; omit size=mini"),
         (["experiment=table1_expire_span_128k", "task=collision"], "brings its own task; omit task=collision"),
         (["model=trans_xl", "experiment=table1_expire_span_128k"], "brings its own model; omit model=trans_xl"),
