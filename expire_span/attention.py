@@ -61,6 +61,8 @@ def span_attention(
     Returns:
         (B, H, T, D); 0 for a query that sees no key.
     """
+    if key.shape[2] == 0:
+        return query @ key.transpose(-1, -2) @ value  # zeros
     span = torch.atleast_2d(span)
     distance = age[:, None, None, :] + torch.arange(query.shape[2], device=age.device)[:, None]  # (B or 1, 1, T, S)
     m = soft_mask(distance, span[..., None, :], ramp)  # (B or 1, H or 1, T, S)

@@ -16,6 +16,7 @@ from torch import Tensor
 from expire_span.tasks.base import LOWER_IS_BETTER, RLTask, Task
 
 from ..memory import Memory
+from ..memory.packed import with_max_age
 from .build import build_model, build_optimizer, setup_runtime
 from .logging.answer_metrics import check_metrics
 from .logging.metrics import MetricAverager, Metrics
@@ -135,8 +136,9 @@ class Trainer:
             group.update(settings)  # the config's current values, not those saved
         self.objective.load_state_dict(content["objective"])
         self.task.load_state_dict(content["task"])
+        step = content["step"].to(self.device)
         memories = [Memory(*(tensor.to(self.device) for tensor in layer[:4])) for layer in layers]
-        self.state = {"step": content["step"].to(self.device), "layers": memories}
+        self.state = {"step": step, "layers": [with_max_age(memory, step) for memory in memories]}
         self.averager.load_values(content["metrics"])
         self.update, self.run_id = content["update"], content["run_id"]
         torch.set_rng_state(content["rng"])

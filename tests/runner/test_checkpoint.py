@@ -40,6 +40,14 @@ def resumed_update(run):
     return trainer.update
 
 
+def test_restored_memories_know_their_oldest_age_as_those_of_a_run_that_goes_on_do(run):
+    """Otherwise a compiled model would be compiled once more for the first block."""
+    trainer = Trainer(tiny_config(), run)
+    assert trainer.load_checkpoint()
+    for memory in trainer.state["layers"]:
+        assert memory.max_age == (trainer.state["step"] - memory.time).max() > 0
+
+
 def flip_bit(path, bit):
     content = bytearray(path.read_bytes())
     content[bit // 8] ^= 1 << bit % 8
