@@ -68,6 +68,10 @@ def _pad_and_attend(inputs: AttentionInputs, attention: Attention) -> Tensor:
         sample = sample_index(offsets, total)  # (N,)
         slot = sample * longest + torch.arange(total, device=offsets.device) - offsets[sample]  # (N,)
 
+    min_distance = inputs.min_distance
+    if needs_padding and min_distance is None:
+        min_distance = torch.ones_like(inputs.age)
+
     def pad(packed: Tensor, filler: float = 0.0) -> Tensor:  # (N, ...) -> (B, S, ...)
         if needs_padding:
             padded = packed.new_full((samples * longest, *packed.shape[1:]), filler)
@@ -81,12 +85,12 @@ def _pad_and_attend(inputs: AttentionInputs, attention: Attention) -> Tensor:
         inputs.query,
         pad(inputs.key).transpose(1, 2),
         pad(inputs.value).transpose(1, 2),
-        age=pad(inputs.age, NEVER),
+        age=pad(inputs.age),
         span=pad_by_head(inputs.span),
         ramp=inputs.ramp,
         position=inputs.position,
         reach=inputs.reach,
         bias=None if inputs.bias is None else pad_by_head(inputs.bias),
-        min_distance=None if inputs.min_distance is None else pad(inputs.min_distance),
+        min_distance=None if min_distance is None else pad(min_distance, NEVER),  # hides the padding from any span
         dropout=inputs.dropout,
     )
