@@ -19,7 +19,7 @@ from typing import Any, cast
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from .runner.run_folder.files import read_metrics, read_summary
+from .runner.run_folder.files import check_regular, read_metrics, read_summary
 from .runner.run_folder.summary import FORMAT
 
 REQUIRED = {"format", "task", "model", "metric", "finished", "metrics", "protocol"}
@@ -93,6 +93,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
     """One row of `load_runs`. Whatever lies in the folder, the other runs still make a table."""
     row: dict[str, Any] = {"folder": str(folder), "finished": False, "problem": ""}
     try:
+        check_regular(folder)
         summary = _read_summary(folder)
         row |= {name: str(summary[name]) for name in ("task", "model", "metric")}
         row |= {name: summary.get(name) for name in ("commit", "dirty", "started")}

@@ -1,5 +1,6 @@
 """A run folder from somebody else is data: opening it runs no code that it brings or names."""
 
+import os
 import sys
 
 import pytest
@@ -118,3 +119,12 @@ def test_hostile_yaml_in_a_run_folder_is_refused_in_one_line(run, content, name)
     with pytest.raises((ValueError, OSError), match="^[^\n]+$") as caught:
         load_config_files(folder)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [".hydra/hydra.yaml", "metrics.jsonl", "vocab.json", "checkpoint_2.pt"])
+def test_a_pipe_in_a_run_folder_is_refused_instead_of_read_for_ever(run, name):
+    folder = run("seed", 1)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=f"{name} is a pipe or a device"):
+        load_config_files(folder)

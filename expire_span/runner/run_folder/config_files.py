@@ -18,6 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from ..config.overrides import is_below, literal, parse
+from .files import check_regular
 
 SIZE_LIMIT = 2**20  # bytes; such a file has a few thousand
 DEPTH_LIMIT = 20
@@ -60,6 +61,7 @@ def load_config(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
             f"{folder} is not a run folder: it has no .hydra/config.yaml, which a run writes once its checks have "
             f"passed; to start a run in it, give the command of that run with hydra.run.dir={folder}"
         )
+    check_regular(folder)
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no config, but {type(content).__name__}")

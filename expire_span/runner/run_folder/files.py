@@ -57,6 +57,13 @@ def open_without_links(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
+def check_regular(folder: Path) -> None:
+    """Raises ValueError for a pipe or device in a run folder of somebody else: reading it could go on for ever."""
+    for path in (path for part in (folder, folder / ".hydra") if part.is_dir() for path in part.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is a pipe or a device, and no file of a run; remove it")
+
+
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
     """Write texts, given by their paths in the folder."""
     for name, text in texts.items():
