@@ -226,7 +226,7 @@ def test_a_sweep_does_not_resume(monkeypatch):
         (["evaluate=nowhere"], "nowhere is not a run folder"),
         (["resume=nowhere"], "nowhere is not a run folder"),
         (["recipe=copy/TYPO"], "recipe=copy/TYPO does not exist"),
-        (["experiment=table3_TYPO"], "experiment=table3_TYPO does not exist; did you mean table3_"),
+        (["experiment=table3_expire_spam_64k"], "does not exist; did you mean table3_expire_span_64k"),
         (["seed=1,2"], "seed has several values; add -m"),
         (["run.device=tpu"], "run.device=tpu is not available here"),
         (["model=compressive", "model.max_span=8"], "max_span=8 is too short for blocks of 32"),
