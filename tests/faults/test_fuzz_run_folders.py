@@ -11,8 +11,8 @@ import shutil
 import pytest
 import yaml
 from forked_command import assert_runs_or_ends_with_one_line, forked_command
+from odd_values import VALUES
 from safetensors.torch import load_file
-from test_fuzz import VALUES
 from tiny_config import SMALL_SIZES, SMALL_TASKS
 
 from expire_span.runner.run_folder import checkpoint

@@ -5,9 +5,11 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from forked_command import forked_command
 from tiny_config import COPY, SMALL_SIZES
 from wait import wait_for_lines
 
@@ -21,9 +23,12 @@ from expire_span.runner.run_folder.files import lock, read_metrics
 EXPIRE_SPAN = [sys.executable, "-m", "expire_span"]
 
 
-def run_command(*overrides, folder, cwd=None):
-    arguments = [*EXPIRE_SPAN, *overrides, f"hydra.run.dir={folder}"]
-    return subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+def run_command(*overrides, folder, cwd=None, environment=()):
+    """The command with a folder for its run, in a forked process."""
+    command = ["expire-span", *overrides, f"hydra.run.dir={folder}"]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        ended = forked_command(command, cwd or Path(elsewhere), 120, environment)
+    return subprocess.CompletedProcess(command, ended.code, ended.stdout, ended.stderr)
 
 
 def losses(folder):
@@ -159,9 +164,10 @@ def test_a_folder_with_special_characters_in_its_name_can_be_resumed_and_evaluat
     assert len(list(tmp_path.glob("runs/*/*-evaluate-*/summary.json"))) == 1
 
 
-def test_what_a_variable_of_the_environment_holds_is_not_told_by_the_command_of_the_summary(tmp_path, monkeypatch):
-    monkeypatch.setenv("KEY", "se,cr=e(t#'{")  # and no character of it is read as a part of the override
-    assert run_command(*COPY, "train.updates=2", "wandb.entity=${oc.env:KEY}", folder=tmp_path / "run").returncode == 0
+def test_what_a_variable_of_the_environment_holds_is_not_told_by_the_command_of_the_summary(tmp_path):
+    secret = {"KEY": "se,cr=e(t#'{"}  # and no character of it is read as a part of the override
+    overrides = [*COPY, "train.updates=2", "wandb.entity=${oc.env:KEY}"]
+    assert run_command(*overrides, folder=tmp_path / "run", environment=secret).returncode == 0
     assert "se,cr" not in (tmp_path / "run/summary.json").read_text()
     assert run_command("resume=run", "train.updates=3", folder=tmp_path / "run", cwd=tmp_path).returncode == 0
     assert load_config(tmp_path / "run").wandb.entity == "se,cr=e(t#'{"

@@ -16,7 +16,7 @@ GROWING = {  # the episodes of each task become longer at every decision, after 
 
 def curriculum_config(task):
     return tiny_config(
-        *GROWING[task], "train.curriculum_interval=3", "train.updates=99", "eval.max_blocks=1", task=task
+        *GROWING[task], "train.curriculum_interval=3", "train.updates=99", "eval.max_blocks=8", task=task
     )
 
 
