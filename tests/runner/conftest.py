@@ -7,6 +7,14 @@ from contextlib import contextmanager
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="session")
+def signals_are_heeded():
+    """Where the tests run under nohup or in the background, they and their processes would ignore some signals."""
+    for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"

@@ -52,7 +52,10 @@ def test_a_process_that_gets_a_signal_twice_within_milliseconds_saves_and_says_h
         process.send_signal(number)
         time.sleep(0.002)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()  # or leaving the block would wait for it
     assert process.returncode == 128 + number
     update = checkpoint.load(folder)["update"]
     assert errors.splitlines() == [
