@@ -1,6 +1,6 @@
 # make demo   three models on a laptop's CPU, and prints a table and a plot
 # make test   the test suite               make test-slow   the training checks, minutes each
-# make test-faults   kills and damages hundreds of runs, and compares each with an uninterrupted one: a quarter of an hour
+# make test-faults  kills and damages hundreds of runs, and compares each with an uninterrupted one
 # make check  ruff check and format, mypy  make docs        the documentation, as a site in docs/_build
 # make bench  time and memory of a step    make clean       remove what these made
 # make audit  known vulnerabilities of the pinned packages, as pip-audit knows them

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -13,6 +14,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
@@ -91,38 +93,16 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     """The arguments for Hydra: paths quoted, folders named, and the keys of a run that is named admitted.
 
     Raises:
-        ValueError: for an override that cannot be read, for a sweep of resume=RUN, or for several values without -m.
+        ValueError: for what `check_arguments` refuses.
         FileNotFoundError: if resume=RUN does not name a run folder.
     """
     arguments = [quote_text(argument) if is_override(argument) else argument for argument in arguments]
     overrides = [argument for argument in arguments if is_override(argument)]
+    flags = [argument for argument in arguments if argument not in overrides and argument not in ("-m", "--multirun")]
+    is_sweep = len(overrides) + len(flags) < len(arguments)
     parsed = {override.key_or_group: override for override in map(parse, overrides)}
-    for action in ("evaluate", "resume"):
-        if action in parsed and not parsed[action].is_sweep_override() and parsed[action].value() in ("", None):
-            raise ValueError(f"{action}=RUN must name a run folder")
-    is_sweep = bool({"-m", "--multirun"} & set(arguments))
-    [*actions] = {"evaluate", "resume"} & set(parsed)
-    if len(actions) > 1 or ("resume" in parsed and is_sweep):
-        raise ValueError("resume=RUN resumes a single run; omit -m and evaluate=RUN")
-    if actions and any(re.match(r"--cfg|-c\b", argument) for argument in arguments):
-        run = parsed[actions[0]].value()
-        raise ValueError(
-            f"{actions[0]}=RUN uses the run's own config, which --cfg cannot show: see {run}/.hydra/config.yaml"
-        )
-    for key, override in parsed.items():
-        if override.is_sweep_override() and not is_sweep:
-            raise ValueError(f"{key} has several values; add -m for a sweep of runs, or brackets for a list")
-    for override, text in zip(map(parse, overrides), overrides, strict=True):
-        group = override.key_or_group
-        if "experiment" in parsed and group in GROUPS and group != "experiment":
-            raise ValueError(
-                f"an experiment brings its own {group}; omit {text}, or choose task, model and size without one"
-            )
+    check_arguments(parsed, flags, is_sweep)
     new = []
-    if actions:
-        # The keys are those of the run, which `apply_overrides` checks; the config that Hydra composes is not used.
-        section_key = re.compile(r"(?!hydra[./])[\w.]+\.[\w.]+=")
-        arguments = [f"++{argument}" if section_key.match(argument) else argument for argument in arguments]
     if "resume" in parsed:
         folder = Path(str(OmegaConf.create([parsed["resume"].value()])[0]))  # without the escapes of OmegaConf
         if "${" in str(folder):
@@ -134,11 +114,35 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
         new.append(f"hydra.run.dir='${{free_folder:runs/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-evaluate-{name}}}'")
     if is_sweep and "hydra.sweep.subdir" not in parsed and (subfolder := sweep_folder_name(overrides)):
         new.append(f"hydra.sweep.subdir='{subfolder}'")
-    overrides = [argument for argument in arguments if is_override(argument)]
-    multirun = ["-m"] if is_sweep else []
-    flags = [text for text in arguments if not is_override(text) and text not in ("-m", "--multirun")]
+    if {"evaluate", "resume"} & set(parsed):
+        # The keys are those of the run, which `apply_overrides` checks; the config that Hydra composes is not used.
+        section_key = re.compile(r"(?!hydra[./])[\w.]+\.[\w.]+=")
+        overrides = [f"++{override}" if section_key.match(override) else override for override in overrides]
     # Hydra takes the overrides in one piece, and a flag such as --info takes what follows it.
-    return [*multirun, *overrides, *new, *flags]
+    return [*(["-m"] if is_sweep else []), *overrides, *new, *flags]
+
+
+def check_arguments(parsed: Mapping[str, Override], flags: list[str], is_sweep: bool) -> None:
+    """Raises ValueError for overrides, by their keys, and flags that do not go together."""
+    actions = [action for action in ("evaluate", "resume") if action in parsed]
+    for action in actions:
+        if not parsed[action].is_sweep_override() and parsed[action].value() in ("", None):
+            raise ValueError(f"{action}=RUN must name a run folder")
+        if any(re.match(r"--cfg|-c\b", flag) for flag in flags):
+            run = parsed[action].value()
+            raise ValueError(
+                f"{action}=RUN uses the run's own config, which --cfg cannot show: see {run}/.hydra/config.yaml"
+            )
+    if len(actions) > 1 or ("resume" in parsed and is_sweep):
+        raise ValueError("resume=RUN resumes a single run; omit -m and evaluate=RUN")
+    for key, override in parsed.items():
+        if override.is_sweep_override() and not is_sweep:
+            raise ValueError(f"{key} has several values; add -m for a sweep of runs, or brackets for a list")
+        if "experiment" in parsed and key in GROUPS and key != "experiment":
+            text = override.input_line
+            raise ValueError(
+                f"an experiment brings its own {key}; omit {text}, or choose task, model and size without one"
+            )
 
 
 def check_flags(arguments: list[str]) -> None:

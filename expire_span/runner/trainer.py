@@ -124,7 +124,7 @@ class Trainer:
         try:
             self.restore(content, layers)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            reason = checkpoint.one_line(error)
+            reason = checkpoint.short_reason(error)
             raise ValueError(f"{self.folder} holds a checkpoint that does not fit this run ({reason})") from None
         return True
 

@@ -289,8 +289,10 @@ def test_the_command_prints_the_table_and_writes_the_same_to_a_file(tmp_path):
 def test_a_wrong_argument_is_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     run_folder(tmp_path / "runs/a")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as refused:
         main(arguments)
     captured = capsys.readouterr()
-    assert message in captured.err.splitlines()[-1]
+    [line] = (captured.err.splitlines() or [refused.value.code])[-1:]  # a wrong flag has its usage above
+    assert message in line
+    assert "usage" not in str(refused.value.code)
     assert captured.out == ""

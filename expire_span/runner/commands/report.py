@@ -17,6 +17,8 @@ import pandas as pd
 
 from expire_span.results import load_runs, metric_columns, setting_columns
 
+from ..errors import exit_with_message
+
 # None of these changes a metric; tokens follow from the other settings, up to where an episode happens to end.
 IGNORED_SETTINGS = {"run.checkpoint_every", "run.progress_bar", "protocol.tokens"}
 MEMORY = ("memory/size", "memory/held")  # what a query sees, and what a layer holds
@@ -211,8 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Path(options.markdown).write_text(text, encoding="utf-8")
         if options.csv:
             runs[runs["problem"] == ""].drop(columns=["problem", "simplifications"]).to_csv(options.csv, index=False)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except Exception as error:
+        exit_with_message(error)
     print(text, end="")
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from expire_span.tasks.base import RLTask
 
-GROUPS = ("", "task", "model", "size", "recipe", "experiment")  # as in config.yaml: later ones take precedence
+from .overrides import GROUPS, parse
+
 SOURCES = {"(c)": "our choice", "(r)": "the authors' released code"}
 THROUGHOUT = re.compile(r"^# (\([cr]\)) throughout", re.MULTILINE)
 AT_END_OF_LINE = re.compile(r" # (\([cr]\))")
@@ -45,7 +45,7 @@ def value_sources(
     """
     written: dict[str, tuple[str, str | None]] = {}  # key: the value as text, and its mark
     notes: dict[str, str] = {}  # key that is simplified: in what way
-    for group in GROUPS:
+    for group in ("", *GROUPS):  # in the order of config.yaml: later ones take precedence
         option = choices.get(group) if group else "config"
         text = read_first(folders, f"{group}/{option}.yaml".lstrip("/")) if option else None
         if text is not None:
@@ -55,7 +55,7 @@ def value_sources(
             notes |= {key.removeprefix("simplified."): new[key][0] for key in new if key.startswith("simplified.")}
             written |= new
 
-    user_keys = [override.key_or_group for override in OverridesParser.create().parse_overrides(list(overrides))]
+    user_keys = [override.key_or_group for override in map(parse, overrides)]
 
     def set_by_user(key: str) -> bool:
         return any(f"{key}.".startswith(f"{user_key}.") for user_key in user_keys)

@@ -101,7 +101,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever else was given this name and a digest raises errors of many kinds
-        raise ValueError(f"{path} is not a checkpoint of this version ({one_line(error)})") from None
+        raise ValueError(f"{path} is not a checkpoint of this version ({short_reason(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dict")
     if content.get("format") != FORMAT:
@@ -138,6 +138,6 @@ def sha256(file: BinaryIO, size: int) -> bytes:
     return digest.digest()
 
 
-def one_line(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     """An error's type and the start of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
