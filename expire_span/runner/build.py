@@ -1,12 +1,13 @@
 """Build what a validated config names: device, model, optimizer, precision."""
 
 import ctypes
+import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 from torch.optim import Optimizer
 
@@ -15,7 +16,7 @@ from ..transformer import Transformer, TransformerConfig
 
 
 def setup_runtime(config: DictConfig) -> torch.device:
-    """Set seed, threads and determinism, and return the device of the run."""
+    """Set seed, threads and determinism, replace what the config leaves to the device, and return the device."""
     run = config.run
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -27,7 +28,22 @@ def setup_runtime(config: DictConfig) -> torch.device:
     device = select_device(run.device)
     if device.type == "cpu":
         keep_freed_memory()
+    resolve_auto(config, device)
     return device
+
+
+def resolve_auto(config: DictConfig, device: torch.device) -> None:
+    """Replace `run.precision=auto` and `run.compile=auto`, so that all that is saved tells what they have become.
+
+    On a GPU that multiplies bfloat16 these are autocast and, where the Triton kernels can run, compilation; anywhere
+    else float32 and no compilation.
+    """
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.run.precision == "auto":
+        config.run.precision = "bfloat16" if has_bfloat16 else "float32"
+    if config.run.compile == "auto":
+        backend = select_backend(config.transformer.attention_backend, device.type, torch.float32)
+        config.run.compile = has_bfloat16 and backend == "triton"
 
 
 def keep_freed_memory() -> None:
@@ -76,10 +92,17 @@ def build_optimizer(config: DictConfig, model: Transformer) -> Optimizer:
     if span_parameters:
         groups.append({"params": span_parameters, "lr": lr * config.lr_schedule.span_lr_factor})
     check_optimizer(config)
-    optimizer = instantiate(config.optimizer, groups)
+    optimizer = instantiate(config.optimizer, groups, **fused_option(config, model.position.device))
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def fused_option(config: DictConfig, device: torch.device) -> dict[str, bool]:
+    """`fused=True` on CUDA, one kernel a step, if the optimizer has it and the config does not choose otherwise."""
+    arguments = inspect.signature(get_class(config.optimizer._target_)).parameters
+    chosen = any(config.optimizer.get(name) is not None for name in ("fused", "foreach", "differentiable"))
+    return {"fused": True} if device.type == "cuda" and "fused" in arguments and not chosen else {}
 
 
 def check_optimizer(config: DictConfig) -> None:

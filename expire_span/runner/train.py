@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .errors import OutOfMemory, is_out_of_memory
 from .logging.metrics import Metrics
 from .logging.performance import peak_memory, reset_peak_memory
+from .logging.profiler import profiler
 from .logging.wandb_logger import wandb_logger
 from .lr_schedule import alpha_multiplier, lr_multiplier, set_lr
 from .run_folder import checkpoint
@@ -74,9 +75,10 @@ def train(
             f"updates {trainer.update} to {config.train.updates}"
         )
         with metric_logger(trainer) as log_metrics:
-            with stop.deferred():
+            with stop.deferred(), profiler(config.run.profile, folder, trainer.device) as next_update:
                 while trainer.update < config.train.updates and stop.number is None:
                     step_log_and_save(trainer, log_metrics, stop)
+                    next_update()
             metrics = training_costs(folder)
             for split in config.eval.splits:
                 metrics |= evaluate(trainer, split)

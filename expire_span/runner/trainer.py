@@ -130,10 +130,9 @@ class Trainer:
 
     def restore(self, content: dict[str, Any], layers: Sequence[tuple]) -> None:
         """Set everything but the weights to what a checkpoint holds."""
-        current_settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(content["optimizer"])
-        for group, settings in zip(self.optimizer.param_groups, current_settings, strict=True):
-            group.update(settings)  # the config's current values, not those saved
+        for saved, group in zip(content["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
+            saved |= {key: value for key, value in group.items() if key != "params"}  # the config's current values
+        self.optimizer.load_state_dict(content["optimizer"])  # a fused optimizer puts its step on the device
         self.objective.load_state_dict(content["objective"])
         self.task.load_state_dict(content["task"])
         step = content["step"].to(self.device)

@@ -165,6 +165,7 @@ def test_a_preset_has_the_numbers_of_the_paper(experiment):
         **OWN_SETTINGS.get(experiment, {}),
     }
     assert {key: OmegaConf.select(config, key) for key in expected} == expected
+    assert (config.run.precision, config.run.compile) == ("auto", "auto")  # as the device allows: test_precision.py
     assert config.paper == figures
     assert config.model["_target_"].rpartition(".")[2].lower() == model.replace("_", "")
     assert config.task["_target_"].split(".")[-2] == task

@@ -112,13 +112,14 @@ class RunConfig:
 
     device: str
     precision: str
-    compile: bool
+    compile: bool | str
     deterministic: bool
     num_threads: int | None
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
     progress_bar: bool
+    profile: bool = False  # folders of earlier runs do not have it
 
 
 @dataclass
@@ -145,7 +146,8 @@ SECTIONS = {
 CHOICES = {
     "lr_schedule.name": ("constant", "cosine"),
     "eval.weights": ("last", "best"),
-    "run.precision": ("float32", "bfloat16", "float64"),
+    "run.precision": ("auto", "float32", "bfloat16", "float64"),
+    "run.compile": ("auto", True, False),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
 }
 LIMIT = 2**48  # of every integer: beyond it tensors of 64-bit integers overflow
@@ -247,7 +249,8 @@ def check_values(config: DictConfig) -> None:
             raise ValueError(f"eval.splits may name valid and test, got {split}")
     for key, choices in CHOICES.items():
         if OmegaConf.select(config, key) not in choices:
-            raise ValueError(f"{key} must be one of {', '.join(choices)}, got {OmegaConf.select(config, key)}")
+            names = ", ".join(str(choice).lower() for choice in choices)
+            raise ValueError(f"{key} must be one of {names}, got {OmegaConf.select(config, key)}")
     for key, (minimum, maximum) in BOUNDS.items():
         value = OmegaConf.select(config, key)
         if value is not None and value < minimum:

@@ -43,10 +43,10 @@ def check_same_run(
             contradictions.setdefault(key.rpartition(".")[2], f"{key}={'null' if old is None else old}")
     if contradictions:
         values = ", ".join(contradictions.values())
-        raise ValueError(
-            f"{folder} holds a run with {values}; use another hydra.run.dir, or go on with the run's own settings by "
-            f"resume={folder}"
-        )
+        how = f"go on with the run's own settings by resume={folder}"
+        if list(contradictions) == ["precision"]:  # resume=RUN has it too, where `auto` has become another one here
+            how = f"set {values} (what auto is depends on the device)"
+        raise ValueError(f"{folder} holds a run with {values}; use another hydra.run.dir, or {how}")
 
 
 def check_same_data(folder: Path, saved: Any, data: Any) -> None:
