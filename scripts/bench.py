@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from bench_report import COLUMNS, MODEL_NAMES, VARIANTS, plot, ratios, table_row
-from bench_step import SIZES, measure_in_subprocess
-from cost_model import H100, Device, TrainStepCost
+from bench_step import measure_in_subprocess, step_cost
 
+from expire_span.runner.cost_model import DEVICES, Device
 from expire_span.runner.run_folder.provenance import provenance
 
 CPU_SIZES = {
@@ -77,20 +77,19 @@ def build_cases(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def predict(case: dict[str, Any], device: Device) -> str:
-    """What the cost model says of a case, in one line."""
-    kept_fractions = {"trans_xl": 1.0, "compressive": 7 / 16}  # see `build_mechanism`
+    """What the cost model says of a case in bfloat16, in one line."""
+    kept_fractions = {"trans_xl": 1.0, "compressive": 7 / 16}  # see `bench_step.build_mechanism`
     num_memories = case["span"] * kept_fractions.get(case["model"], case["keep_prob"])
     num_positions = case["block_size"] if case["model"] == "expire_span" else case["span"]
-    sizes = {name: case[name] for name in SIZES}
-    dtype_and_norm = {"bytes_per_number": 2, "pre_norm": case.get("pre_norm", False)}
-    cost = TrainStepCost(**sizes, num_memories=num_memories, num_positions=num_positions, **dtype_and_norm)
+    cost = step_cost(case, num_memories, num_positions, "bfloat16")
     parts = ", ".join(f"{name} {count / 1e12:.3g}" for name, count in cost.operations().items())
     total = sum(cost.operations().values()) / 1e12
     name = case.get("task") or case["model"]
+    roofline = cost.roofline_seconds(device.flops["bfloat16"], device.bandwidth)
     return (
         f"{name}, span {case['span']:,}, {num_memories:,.0f} memories, batch {case['batch_size']}: "
-        f"{total:.3g} TFLOP ({parts}), "
-        f"{cost.bytes() / 1e9:.3g} GB moved, roofline {1000 * cost.roofline_seconds(device):.3g} ms on {device.name}"
+        f"{total:.3g} TFLOP ({parts}), {cost.bytes_moved() / 1e9:.3g} GB moved, "
+        f"roofline {1000 * roofline:.3g} ms at the published peak of {device.name}"
     )
 
 
@@ -126,7 +125,7 @@ def main() -> None:
     cases = build_cases(options)
     if options.predict:
         for case in cases:
-            print(predict(case, H100))
+            print(predict(case, DEVICES["h100"]))
         return
     device = (
         torch.cuda.get_device_name() if options.device == "cuda" else f"{options.device}, {options.num_threads} thread"

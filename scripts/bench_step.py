@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from bench_attention import ATTENTIONS
-from cost_model import Device, TrainStepCost
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -23,17 +22,9 @@ from expire_span.kernels.packed_layout import sample_index
 from expire_span.memory.mechanism import Mechanism
 from expire_span.memory.packed import Memory, concatenate, from_dense, keep_rows
 from expire_span.runner.build import keep_freed_memory
+from expire_span.runner.cost_model import matmul_flops
 from expire_span.runner.logging.performance import peak_memory, reset_peak_memory
-
-SIZES = (
-    "num_layers",
-    "hidden_size",
-    "num_heads",
-    "feedforward_size",
-    "vocab_size",
-    "batch_size",
-    "block_size",
-)  # of the cost model
+from expire_span.runner.step_cost import StepCost
 
 
 class RandomSurvival(ExpireSpan):
@@ -120,10 +111,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     saved = saved_bytes(step, [*model.parameters(), *(memory.hidden for memory in state["layers"])])
     num_memories = sum(len(memory.time) for memory in state["layers"]) / case["num_layers"] / case["batch_size"]
     num_positions = max(mechanism.num_positions for mechanism in model.mechanisms)
-    sizes_of_cost = {name: case[name] for name in SIZES}
-    cost = TrainStepCost(**sizes_of_cost, num_memories=num_memories, num_positions=num_positions, pre_norm=pre_norm)
+    cost = step_cost(case, num_memories, num_positions, case["precision"])
     operations = sum(cost.operations().values())
-    machine = Device("this machine", matmul_rate(device, case["precision"]), float("inf"))
+    machine_flops = matmul_flops(device, case["precision"])
     median = statistics.median(times)
     return {
         **case,
@@ -135,9 +125,17 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         "peak_mb": peak / 1e6,
         "saved_mb": saved / 1e6,
         "gflops": operations / median / 1e9,
-        "machine_gflops": machine.flops / 1e9,
-        "over_roofline": median / cost.roofline_seconds(machine),
+        "machine_gflops": machine_flops / 1e9,
+        "over_roofline": median / cost.roofline_seconds(machine_flops, float("inf")),
     }
+
+
+def step_cost(case: dict[str, Any], num_memories: float, num_positions: int, precision: str) -> StepCost:
+    """The cost model of a case."""
+    sizes = (case["vocab_size"], case["hidden_size"], case["num_heads"], case["feedforward_size"])
+    transformer = TransformerConfig(*sizes, pre_norm=case.get("pre_norm", False))
+    shape = (case["num_layers"], case["batch_size"], case["block_size"], num_memories, num_positions)
+    return StepCost(transformer, *shape, precision=precision)
 
 
 def saved_bytes(step: Callable[[], object], excluded: list[Tensor]) -> int:
@@ -171,14 +169,6 @@ def time_calls(step: Callable[[], object], repeats: int, device: torch.device) -
         if call >= 2:
             seconds.append(elapsed)
     return seconds
-
-
-def matmul_rate(device: torch.device, precision: str) -> float:
-    """Operations per second of a large matrix product, the best of several."""
-    size = 8192 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(time_calls(lambda: a @ b, 8, device))
 
 
 def malloc_trim() -> None:

@@ -1,0 +1,283 @@
+"""Predict what a run needs before anything is bought: `expire-span-plan experiment=NAME gpus=8 device=h100`."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.plugins import Plugins
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from expire_span.tasks.base import RLTask
+from expire_span.tasks.text_files import free_memory
+
+from ..build import resolve_auto, select_device
+from ..cli import InstalledConfigs, check_arguments
+from ..config.former_names import check_current_names
+from ..config.overrides import is_override, parse, quote_text
+from ..config.schema import validate
+from ..cost_model import (
+    DEVICES,
+    Device,
+    RunSizes,
+    blocks_without_targets,
+    fitting_micro_batch,
+    initial_memories,
+    matmul_flops,
+    memory_by_part,
+    most_memories,
+    run_sizes,
+    seconds_per_update,
+    usable,
+)
+from ..errors import exit_with_message
+from ..run_folder.config_files import load_config
+from ..trainer import build_task
+
+DEFAULTS = {"gpus": "1", "device": "h100", "kept": "0.1"}
+VOCABULARIES = {  # tasks whose data would have to be read: number of tokens, and how it is known
+    "expire_span.tasks.enwik8.Enwik8": (256, "bytes"),
+    "expire_span.tasks.pg19.PG19": (3507, "the published characters and one for others"),
+    "expire_span.tasks.wikitext103.Wikitext103": (267_735, "the published words"),
+    "expire_span.tasks.text.Text": (256, "bytes; an assumption with task.tokenizer=char"),
+    "expire_span.tasks.instruction.Instruction": (20_000, "an assumption: the words of the dialogues are not counted"),
+}
+CPU_EFFICIENCY = 0.55  # of a large matrix product, as results/bench/cpu.md has measured
+REMEDIES: tuple[dict[str, bool], ...] = (  # tried in this order; each as overrides of the config
+    {},
+    {"train.offload_memory": True},
+    {"transformer.activation_checkpointing": True},
+    {"train.offload_memory": True, "transformer.activation_checkpointing": True},
+)
+
+
+class Case(NamedTuple):
+    """A run with some number of memories, changed until it is predicted to fit."""
+
+    title: str
+    num_memories: float
+    micro_batch_size: int | None  # None: nothing makes it fit
+    overrides: Mapping[str, bool]  # that make it fit
+    memory: dict[str, float]  # bytes by part
+    seconds: dict[str, float]  # of an update, by part
+
+
+def plan(arguments: Sequence[str]) -> str:
+    """The predictions for a command line of `expire-span-plan`, as a text.
+
+    Raises:
+        ValueError: For what `expire-span` would refuse, too, or options that do not fit.
+    """
+    options = DEFAULTS | dict(text.split("=", 1) for text in arguments if text.partition("=")[0] in DEFAULTS)
+    config = read_config([text for text in arguments if text.partition("=")[0] not in DEFAULTS])
+    gpus, kept = int(read_number("gpus", options["gpus"], 1, 1e6)), read_number("kept", options["kept"], 0, 1)
+    if config.train.batch_size % gpus:
+        divisors = [str(size) for size in range(1, config.train.batch_size + 1) if config.train.batch_size % size == 0]
+        raise ValueError(
+            f"train.batch_size={config.train.batch_size} streams cannot be split evenly over gpus={gpus}; use one of "
+            f"{', '.join(divisors[:20])}"
+        )
+    if options["device"] == "this":
+        resolve_auto(config, select_device(config.run.device))
+    elif config.run.precision == "auto":
+        config.run.precision = "bfloat16"
+    device = read_device(options["device"], config)
+    vocab_size, num_classes, source = vocabulary(config)
+    sizes = run_sizes(config, vocab_size, num_classes)
+    cases = [fit(sizes, title, memories, device, gpus) for title, memories in memory_cases(sizes, kept)]
+    lines = [
+        *heading(sizes, device, gpus, f"{vocab_size:,} tokens ({source})"),
+        "",
+        *table(cases, config.train.updates, device),
+        "",
+    ]
+    return "\n".join([*lines, *advice(sizes, cases, device, gpus)]) + "\n"
+
+
+def read_config(arguments: Sequence[str]) -> DictConfig:
+    """The validated config of overrides, as `expire-span` takes them, or of one run folder."""
+    folders = [text for text in arguments if not is_override(text)]
+    if folders:
+        if len(arguments) > 1 or folders[0].startswith("-"):
+            raise ValueError(f"{folders[0]} is neither KEY=VALUE nor, alone, a run folder; see expire-span-plan --help")
+        return validate(load_config(Path(folders[0])))
+    sys.path.append(os.getcwd())  # a task or mechanism of the user's own may lie in the current folder
+    Plugins.instance().register(InstalledConfigs)
+    check_current_names(list(arguments))
+    overrides = [quote_text(argument) for argument in arguments]
+    parsed = {override.key_or_group: override for override in map(parse, overrides)}
+    for action in ("resume", "evaluate"):
+        if action in parsed:
+            raise ValueError(f"a plan takes a run folder as it is: expire-span-plan {parsed[action].value()}")
+    check_arguments(parsed, [], is_sweep=False)
+    with initialize_config_module("expire_span.conf", version_base="1.3"):
+        return validate(compose("config", overrides=overrides))
+
+
+def read_number(name: str, text: str, smallest: float, largest: float) -> float:
+    """Raises ValueError for what is no number, or out of its bounds."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not smallest <= number <= largest:
+        raise ValueError(f"{name} must be a number from {smallest:g} to {largest:g}, got {text}")
+    return number
+
+
+def read_device(name: str, config: DictConfig) -> Device:
+    """Raises ValueError for a device without published figures here."""
+    if name == "this":
+        return this_device(config)
+    if name not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)} or this, got {name}")
+    return DEVICES[name]
+
+
+def this_device(config: DictConfig) -> Device:
+    """The device that a run would take here; its speed is measured, in a second."""
+    device = select_device(config.run.device)
+    flops = {config.run.precision: matmul_flops(device, config.run.precision)}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return replace(DEVICES["h100"], name=properties.name, flops=flops, memory=properties.total_memory)
+    memory = free_memory()
+    name = f"this {device.type}"
+    return Device(name, flops, math.inf, memory, math.inf, math.inf, CPU_EFFICIENCY, type="cpu")
+
+
+def vocabulary(config: DictConfig) -> tuple[int, int, str]:
+    """The numbers of tokens and of classes of the task, and how they are known without reading data."""
+    target = config.task._target_
+    if target in VOCABULARIES and not (target.endswith(".Instruction") and config.task.dialogue is None):
+        size, source = VOCABULARIES[target]
+        return size, size, source
+    task = build_task(config)
+    return task.vocab_size, task.num_classes, "of the task"
+
+
+def memory_cases(sizes: RunSizes, kept: float) -> list[tuple[str, float]]:
+    """Numbers of memories to predict for: one, or several where spans are learned."""
+    most = most_memories(sizes.mechanism)
+    if not hasattr(sizes.mechanism, "init_span_ratio"):
+        return [("all memories", most)]
+    return [("initial spans", initial_memories(sizes.mechanism)), (f"kept={kept:g}", kept * most), ("all kept", most)]
+
+
+def changed(sizes: RunSizes, overrides: Mapping[str, bool]) -> RunSizes:
+    """The sizes of the run with other values of the config."""
+    config = sizes.config.copy()
+    for key, value in overrides.items():
+        OmegaConf.update(config, key, value, force_add=True)
+    checkpointing = config.transformer.activation_checkpointing
+    return sizes._replace(config=config, transformer=replace(sizes.transformer, activation_checkpointing=checkpointing))
+
+
+def fit(sizes: RunSizes, title: str, num_memories: float, device: Device, gpus: int) -> Case:
+    """The first remedy, and with it the largest micro-batch, that is predicted to fit; without any, the last one."""
+    streams = sizes.config.train.batch_size // gpus
+    for overrides in REMEDIES if device.type == "cuda" else REMEDIES[::2]:
+        new = changed(sizes, overrides)
+        size = fitting_micro_batch(new, streams, num_memories, device.type, device.memory)
+        if size is not None:
+            break
+    memory = memory_by_part(new, streams, size or 1, num_memories, device.type)
+    seconds = seconds_per_update(new, streams, size or 1, num_memories, device, gpus)
+    return Case(title, num_memories, size, overrides, memory, seconds)
+
+
+def heading(sizes: RunSizes, device: Device, gpus: int, words: str) -> list[str]:
+    """What the predictions are for."""
+    config, train = sizes.config, sizes.config.train
+    task, model, precision = (config.task._target_, config.model._target_, config.run.precision)
+    names = f"{task.rpartition('.')[2]}, {model.rpartition('.')[2]}"
+    speed = f"{device.flops[precision] / 1e12:,.4g} TFLOP/s in {precision}"
+    lines = [
+        "Predictions of a cost model; no figure here is measured.",
+        f"{names}: {sizes.num_parameters:,} parameters; {words}",
+        f"{train.updates:,} updates of {train.batch_size} streams in blocks of {train.block_size}",
+        f"{gpus} x {device.name}, {train.batch_size // gpus} streams each; of its {speed} "
+        f"{100 * device.efficiency:.0f} % are assumed to be reached",
+    ]
+    if blocks := blocks_without_targets(config):
+        lines.append(f"{blocks:,} blocks without targets before each that trains, in the longest episodes")
+    if issubclass(get_class(task), RLTask):
+        lines.append("The time of acting in the environments is left out.")
+    return lines
+
+
+def table(cases: Sequence[Case], updates: int, device: Device) -> list[str]:
+    """One column for each case."""
+    rows = [("", [case.title for case in cases])]
+    rows += [("memories of a stream in a layer", [f"{case.num_memories:,.0f}" for case in cases])]
+    rows += [("streams at a time (micro-batch)", [f"{case.micro_batch_size or 1}" for case in cases])]
+    for part in dict.fromkeys(part for case in cases for part in case.memory):
+        rows.append((f"GB: {part}", [gigabytes(case.memory.get(part, 0)) for case in cases]))
+    rows += [(f"GB in all, of {gigabytes(device.memory)}", [gigabytes(sum(case.memory.values())) for case in cases])]
+    seconds = [sum(case.seconds.values()) for case in cases]
+    rows += [("seconds for an update", [f"{value:,.3g}" for value in seconds])]
+    rows += [("hours for the run", [f"{value * updates / 3600:,.0f}" for value in seconds])]
+    return [f"{name:36}" + "".join(f"{cell:>15}" for cell in cells) for name, cells in rows]
+
+
+def gigabytes(number: float) -> str:
+    return f"{number / 1e9:,.2f}" if number < 10e9 else f"{number / 1e9:,.0f}"
+
+
+def advice(sizes: RunSizes, cases: Sequence[Case], device: Device, gpus: int) -> list[str]:
+    """What would not fit, and what makes it fit."""
+    batch_size = sizes.config.train.batch_size
+    streams, lines = batch_size // gpus, []
+    for case in cases:
+        whole = sum(memory_by_part(sizes, streams, streams, case.num_memories, device.type).values())
+        if whole <= usable(device.memory):
+            lines.append(f"{case.title}: fits as it is")
+            continue
+        problem = f"{case.title}: {streams} streams at once need {gigabytes(whole)} GB"
+        if case.micro_batch_size is None:
+            lines.append(
+                f"{problem}, and one at a time does not fit either; lower memory.max_span or the sizes of transformer"
+            )
+            continue
+        overrides = [f"train.micro_batch_size={case.micro_batch_size}", *(f"{key}=true" for key in case.overrides)]
+        enough = [
+            number
+            for number in range(gpus, batch_size + 1, gpus)
+            if batch_size % number == 0
+            and fitting_micro_batch(sizes, batch_size // number, case.num_memories, device.type, device.memory)
+            == batch_size // number
+        ]
+        more = f", or gpus={enough[0]} without it" if enough else ""
+        lines.append(f"{problem}; add {' '.join(overrides)}{more}")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console command; user errors are one line."""
+    parser = argparse.ArgumentParser(
+        prog="expire-span-plan",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Predict parameters, memory by part and time of a run from a cost model, without data and before\n"
+        "anything is bought; say what would not fit, and what would make it fit.",
+        epilog="besides the overrides of expire-span:\n"
+        "  gpus=N     over which the streams are split (default 1)\n"
+        f"  device=D   {', '.join(DEVICES)}, or this: the present device, measured in a second (default h100)\n"
+        "  kept=X     share of the memories kept, where spans are learned (default 0.1)\n\n"
+        "example:\n  expire-span-plan experiment=table2_expire_span gpus=8 device=h100",
+    )
+    parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="as for expire-span; or one run folder")
+    try:
+        print(plan(parser.parse_args(arguments).arguments), end="")
+    except Exception as error:
+        exit_with_message(error)
+
+
+if __name__ == "__main__":
+    main()

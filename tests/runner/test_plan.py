@@ -1,0 +1,79 @@
+"""`expire-span-plan`: predictions for any config, and one line for what it cannot read."""
+
+import re
+
+import pytest
+from forked_command import forked_command
+from tiny_config import COPY, config_options, tiny_config
+
+from expire_span.runner.commands.plan import plan
+from expire_span.runner.run_folder.config_files import ConfigFiles
+from expire_span.runner.train import train
+
+
+def rows(text):
+    """The numbers of each row of the table."""
+    matches = re.findall(r"^(\S.*?)  +((?:[\d.,]+ *)+)$", text, re.MULTILINE)
+    return {name: [float(cell.replace(",", "")) for cell in cells.split()] for name, cells in matches}
+
+
+EACH_TABLE = {name.partition("_")[0]: name for name in config_options("experiment")}
+
+
+@pytest.mark.parametrize("experiment", EACH_TABLE.values())
+def test_every_table_of_the_paper_has_a_plan_that_adds_up(experiment):
+    text = plan([f"experiment={experiment}", "gpus=8"])
+    assert text.startswith("Predictions of a cost model; no figure here is measured.")
+    numbers = rows(text)
+    parts = [cells for name, cells in numbers.items() if name.startswith("GB: ")]
+    [total] = [cells for name, cells in numbers.items() if name.startswith("GB in all")]
+    for column, whole in zip(zip(*parts, strict=True), total, strict=True):
+        assert sum(column) == pytest.approx(whole, rel=0.05, abs=0.05)
+
+
+def test_what_does_not_fit_is_told_with_overrides_that_make_it_fit():
+    text = plan(["experiment=table2_expire_span", "device=rtx4090"])
+    assert re.search(
+        r"^all kept: 512 streams at once need [\d,]+ GB; add train.micro_batch_size=\d+ train.off", text, re.M
+    )
+    fits = plan(["experiment=table2_expire_span", "device=h100", "gpus=64"])
+    assert "initial spans: fits as it is" in fits
+
+
+def test_more_kept_memories_take_more_memory_and_time():
+    few, many = (rows(plan(["size=paper", "task=enwik8", f"kept={kept}", "gpus=64"])) for kept in (0.01, 0.1))
+    assert few["seconds for an update"][1] < many["seconds for an update"][1]
+    assert few["GB: memories held"][1] < many["GB: memories held"][1]
+
+
+def test_the_present_device_is_measured():
+    text = plan([*COPY, "device=this"])
+    assert re.search(r"1 x this cpu, 4 streams each; of its [\d.,]+ TFLOP/s in float32 \d+ % are assumed", text)
+
+
+def test_a_run_folder_has_a_plan(tmp_path):
+    config = tiny_config("train.updates=2")
+    train(config, tmp_path, config_files=ConfigFiles(config, {}, []).texts())
+    assert "Copy, ExpireSpan" in plan([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpus=3"], "train.batch_size=64 streams cannot be split evenly over gpus=3; use one of 1, 2, 4, 8, 16, 32"),
+        (["gpus=no"], "gpus must be a number from 1 to 1e+06, got no"),
+        (["kept=2"], "kept must be a number from 0 to 1, got 2"),
+        (["device=h200"], "device must be one of h100, a100, rtx4090 or this, got h200"),
+        (["memory.alpa=1"], "there is no key memory.alpa; did you mean memory.alpha?"),
+        (["experiment=table9"], "experiment=table9 does not exist; there are figure6"),
+        (["resume=runs/a"], "a plan takes a run folder as it is: expire-span-plan runs/a"),
+        (["seed=1,2"], "seed has several values"),
+        (["nowhere"], "nowhere is not a run folder"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path):
+    (tmp_path / "work").mkdir()
+    ended = forked_command(["expire-span-plan", *arguments], tmp_path / "work")
+    assert ended.code == 1
+    assert len(ended.stderr.splitlines()) == 1
+    assert message in ended.stderr
