@@ -65,7 +65,7 @@ def load_metrics(folder: str | Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: the folder has no metrics.jsonl.
-        ValueError: a line is not JSON. A last line that is half-written is left out instead.
+        ValueError: a line is no row of numbers. A last line that is half-written is left out instead.
     """
     rows = read_metrics(Path(folder) / "metrics.jsonl")
     return pd.DataFrame(rows, columns=None if rows else ["update"]).set_index("update")

@@ -42,7 +42,7 @@ from .output import keep_running_without_output
 from .preemption import requeue_after_saving
 from .run_folder import checkpoint
 from .run_folder.config_files import ConfigFiles, load_config, load_config_files, merge_overrides
-from .run_folder.files import lock, write_texts
+from .run_folder.files import lock
 from .run_folder.identity import CHANGED_BY_EVALUATION, MAY_CHANGE_IN_RESUME, changes
 from .stop_signals import Stopped, ignore_further_signals, stop_signals
 from .train import train
@@ -229,8 +229,7 @@ def evaluate_job(run_folder: Path, folder: Path, overrides: list[str]) -> Metric
         if not is_below(key, ("evaluate", "wandb"))
     }
     with lock(folder):
-        write_texts(folder, files.texts())
-        return evaluate_run(config, run_folder, folder, ["expire-span", *overrides], extras)
+        return evaluate_run(config, run_folder, folder, ["expire-span", *overrides], extras, files.texts())
 
 
 def check_recipe(overrides: list[str]) -> None:

@@ -11,7 +11,7 @@ from .load_run import load_run
 from .logging.metrics import Metrics
 from .logging.performance import peak_memory, reset_peak_memory
 from .objectives import objective_class
-from .run_folder.files import append_metrics, write_summary
+from .run_folder.files import append_metrics, write_summary, write_texts
 from .run_folder.provenance import provenance
 from .run_folder.summary import run_summary
 
@@ -22,6 +22,7 @@ def evaluate_run(
     folder: Path,
     command: Sequence[str] = sys.argv,
     summary_extras: Mapping[str, Any] | None = None,
+    config_files: Mapping[str, str] | None = None,
 ) -> Metrics:
     """Evaluate a run's checkpoint with its own config, possibly changed, and write a summary to another folder.
 
@@ -30,6 +31,8 @@ def evaluate_run(
         run_folder: the run to evaluate.
         folder: where metrics.jsonl and summary.json go.
         command, summary_extras: for the summary, as in `train`.
+        config_files: texts by their paths in the folder, written with the results: an evaluation that fails leaves
+            nothing that looks like a run.
     """
     run = load_run(run_folder, config)
     reset_peak_memory(run.device)
@@ -37,6 +40,7 @@ def evaluate_run(
     for split in config.eval.splits:
         metrics |= objective_class(run.task).evaluate(run.model, run.task, split, config, run.device)
     metrics |= peak_memory(run.device)
+    write_texts(folder, config_files or {})
     append_metrics(folder / "metrics.jsonl", {"update": run.update, **metrics})
     origin = {**provenance(command), **(summary_extras or {})}
     summary = run_summary(config, run.task, run.model, run.device, run.update, run.blocks, metrics)

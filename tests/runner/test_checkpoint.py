@@ -230,6 +230,14 @@ def test_the_best_weights_are_refused_where_there_are_none(run):
         Trainer(tiny_config("eval.weights=best"), run)
 
 
+def test_an_evaluation_that_fails_leaves_nothing_that_looks_like_a_run(run, tmp_path):
+    (run / "best.safetensors").write_bytes(b"no weights")
+    (evaluated := tmp_path / "evaluated").mkdir()
+    with pytest.raises(ValueError, match="best.safetensors is damaged"):
+        evaluate_run(tiny_config("eval.weights=best"), run, evaluated, config_files={".hydra/config.yaml": "{}"})
+    assert not list(evaluated.iterdir())
+
+
 # A training that diverges
 
 

@@ -79,11 +79,13 @@ def test_evaluation_knows_the_keys_of_the_run_and_refuses_others(folder, tmp_pat
     wrong_overrides = {
         "task.episode_length=64": "task.episode_length is not in the config",
         "task=copy": "omit task=copy",
+        "eval.weights=best": "best.safetensors does not exist",
     }
     for override, message in wrong_overrides.items():
         refused = run_command(f"evaluate={folder}", override, folder=tmp_path / "refused")
         assert refused.returncode == 1
         assert message in refused.stderr
+        assert not (tmp_path / "refused").exists()
 
 
 # Resume
@@ -249,6 +251,12 @@ def test_bad_input_is_reported_in_one_line_that_names_the_value(overrides, messa
     [line] = result.stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_a_start_that_is_refused_by_its_data_leaves_no_folder(tmp_path):
+    result = run_command("task=text", "task.path=nowhere.txt", folder=tmp_path / "run")
+    assert result.returncode == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_in_use_is_refused(folder):

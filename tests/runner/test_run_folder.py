@@ -6,8 +6,12 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +104,39 @@ def test_a_broken_line_in_the_middle_is_reported_and_not_skipped(tmp_path):
         files.read_metrics(tmp_path / METRICS)
 
 
+NO_ROWS = {
+    "null": b"null",
+    "a number": b"5",
+    "a text": b'"text"',
+    "a list": b"[1, [2]]",
+    "another dictionary": b'{"a": {"b": 1}}',
+    "a text for a number": b'{"update": 1, "train/loss": "0.5"}',
+    "no update": b'{"train/loss": 0.5}',
+    "an update that is missing": b'{"update": null}',
+    "binary": b"\xff\xfe\n{}",
+    "nested": b"[" * 100_000 + b"\n{}",
+}
+
+
+@pytest.mark.parametrize("content", NO_ROWS.values(), ids=NO_ROWS)
+def test_json_that_is_no_row_of_metrics_is_refused_with_its_line(content, tmp_path):
+    path = tmp_path / METRICS
+    path.write_bytes(b'{"update": 1}\n' + content)
+    for read in (files.read_metrics, lambda path: files.truncate_metrics(path, 1, last_update=9)):
+        with pytest.raises(ValueError, match=f"^{path}: line 2 is no row of metrics"):
+            read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"5", b'"text"', b"\xff\xfe", b"[" * 100_000, b"9" * 10_000])
+def test_a_damaged_summary_or_vocab_is_refused_with_its_path(content, tmp_path):
+    for name in ("summary.json", "vocab.json"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/summary.json is damaged"):
+        files.read_summary(tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/vocab.json is damaged"):
+        files.check_same_vocab(tmp_path, SimpleNamespace(vocab="abc"))
+
+
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the lock of tmp_path."""
@@ -132,6 +169,34 @@ def test_a_killed_process_releases_its_lock(tmp_path, holder):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
     with files.lock(tmp_path):
         pass
+
+
+def test_a_start_that_writes_nothing_leaves_no_lock_and_another_one_does(tmp_path):
+    with files.lock(tmp_path):
+        pass
+    assert not os.listdir(tmp_path)
+    with files.lock(tmp_path):
+        files.write_summary(tmp_path, {})
+    assert sorted(os.listdir(tmp_path)) == [".lock", "summary.json"]
+
+
+def test_two_starts_never_hold_a_folder_at_once_though_its_lock_is_removed_again_and_again(tmp_path):
+    folder, held = tmp_path / "run", threading.Lock()
+
+    def start_often(_):
+        times = 0
+        while times < 200:
+            with suppress(ValueError), files.lock(folder):  # ValueError: in use
+                assert held.acquire(blocking=False)
+                times += 1
+                time.sleep(0)
+                held.release()
+            with suppress(OSError):
+                folder.rmdir()
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(start_often, range(3)))
+    assert not folder.exists()
 
 
 def test_a_full_disk_is_reported_with_the_file(tmp_path):

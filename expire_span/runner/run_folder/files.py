@@ -35,10 +35,15 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         file_lock.acquire()
     except Timeout:
-        process = path.read_text(errors="replace").strip() or "unknown"
+        process = ""
+        with suppress(FileNotFoundError):  # it is just being removed, see below
+            process = path.read_text(errors="replace").strip()
         raise ValueError(
-            f"run folder {folder} is in use by process {process}; wait for it, or choose another hydra.run.dir"
+            f"run folder {folder} is in use by process {process or 'unknown'}; wait for it, or choose another "
+            "hydra.run.dir"
         ) from None
+    except (FileNotFoundError, FileExistsError):
+        raise ValueError(f"run folder {folder} was removed by another start, which was refused; try again") from None
     except (NotImplementedError, OSError):
         yield
         return
@@ -49,6 +54,9 @@ def lock(folder: Path) -> Iterator[None]:
                 file.write(str(os.getpid()))
         yield
     finally:
+        with suppress(OSError):
+            if os.listdir(folder) == [".lock"]:  # a start that was refused leaves nothing
+                path.unlink()  # while it is locked: filelock gives nobody the lock of a file that was removed
         file_lock.release()
 
 
@@ -79,8 +87,8 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The content of summary.json, null for NaN."""
-    return json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
+    """The content of summary.json, null for NaN. Raises ValueError if it is damaged."""
+    return _read_json(Path(folder) / "summary.json", dict)
 
 
 def write_vocab(folder: Path, task: Any) -> None:
@@ -92,7 +100,7 @@ def write_vocab(folder: Path, task: Any) -> None:
 def check_same_vocab(folder: Path, task: Any) -> None:
     """Raises ValueError if the tokens of the folder's run stand for other characters or words than the task's."""
     path, vocab = Path(folder) / "vocab.json", list(task.vocab or [])
-    saved_vocab = json.loads(path.read_bytes()) if path.exists() else vocab
+    saved_vocab = _read_json(path, list) if path.exists() else vocab
     if saved_vocab != vocab:
         raise ValueError(
             f"{path} has {len(saved_vocab):,} characters or words, which are not the {len(vocab):,} of the task's "
@@ -108,7 +116,10 @@ def append_metrics(path: Path, row: Mapping[str, float]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, null as NaN. A last line that a killed run left half-written is skipped."""
+    """The rows of metrics.jsonl, null as NaN. A last line that a killed run left half-written is skipped.
+
+    Raises ValueError for any other line that is no row of numbers.
+    """
     return [
         {name: math.nan if value is None else value for name, value in row.items()} for _, row in _complete_rows(path)
     ]
@@ -120,8 +131,8 @@ def truncate_metrics(path: Path, update: int, last_update: int) -> None:
     A run that resumes from its last update evaluates again, so its final row is removed as well.
     """
     if Path(path).exists():
-        rows = [(line, row) for line, row in _complete_rows(path) if row.get("update", update) <= update]
-        kept = [line + b"\n" for line, row in rows if row.get("update") != last_update or not _is_final_row(row)]
+        rows = [(line, row) for line, row in _complete_rows(path) if row["update"] <= update]
+        kept = [line + b"\n" for line, row in rows if row["update"] != last_update or not _is_final_row(row)]
         write_atomically(Path(path), b"".join(kept))
 
 
@@ -182,11 +193,31 @@ def _complete_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):
                 return
-            raise ValueError(f"{path}: line {number} is not JSON: {line[:60]!r}; remove it by hand") from None
+            row = None
+        if not _is_row(row):
+            raise ValueError(f"{path}: line {number} is no row of metrics: {line[:60]!r}; remove it by hand")
         yield line, row
+
+
+def _is_row(row: Any) -> bool:
+    """Whether JSON is what `append_metrics` writes: numbers, of which the update is an integer."""
+    if not isinstance(row, dict) or not isinstance(row.get("update"), int):
+        return False
+    return all(isinstance(value, int | float | None) for value in row.values())
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    """The content of a JSON file. Raises ValueError if it is damaged, or of another kind."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is damaged: it is not JSON") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} is damaged: it holds {type(content).__name__}, not {kind.__name__}")
+    return content
 
 
 def _check_number(name: str, value: Any) -> int | float | None:

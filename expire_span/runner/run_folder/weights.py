@@ -58,9 +58,12 @@ def load(path: Path) -> Weights | None:
         raise ValueError(f"{path} is damaged") from None
     if metadata.pop("sha256", "") != sha256(tensors, metadata):
         raise ValueError(f"{path} is damaged, or was not written by expire-span")
-    if metadata["expire_span_format"] != str(FORMAT):
-        raise ValueError(f"{path} has format {metadata['expire_span_format']}, but this version reads format {FORMAT}")
-    return Weights(tensors, **json.loads(metadata["run"]))
+    if (found := metadata.get("expire_span_format")) != str(FORMAT):
+        raise ValueError(f"{path} has format {found}, but this version reads format {FORMAT}")
+    try:
+        return Weights(tensors, **json.loads(metadata["run"]))
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError(f"{path} was not written by expire-span") from None
 
 
 def sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
