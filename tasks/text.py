@@ -11,23 +11,25 @@ of the whole split, even if `eval.max_blocks` evaluates only a part of it.
 
 import codecs
 import hashlib
+import json
 import logging
+import shutil
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from mmap import mmap
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from .base import SPLITS, Task
-from .data_cache import CHUNK
-from .text_files import free_memory, read_texts, shorten
+from .data_cache import CHUNK, cache_dir, cached_file, map_tokens, read_json
+from .text_files import find_files, read_texts, shorten
 from .token_stream import TokenStream
 
 log = logging.getLogger(__name__)
 
 NUM_CODE_POINTS = 0x110000
+FORMAT = 1  # of what lies in the cache folder
 
 
 class Text(Task):
@@ -35,6 +37,9 @@ class Text(Task):
 
     In a folder, hidden files, run folders, binary files and what cannot be read are skipped; the log names them. A
     mark of the byte order (BOM) at the start of a file is not part of its text.
+
+    The tokens are written to the cache folder once, and memory-mapped from there. They are made anew when a file has
+    another size or time, or when there are other files.
 
     Args:
         path: Path of the file or folder.
@@ -44,16 +49,16 @@ class Text(Task):
         test_fraction: Share of the text for testing.
 
     Attributes:
-        splits: the tokens of each split, (N,), in the smallest unsigned integers that hold them.
+        splits: the tokens of each split, (N,), in the smallest unsigned integers that hold them, memory-mapped.
         vocab: with "char", the known characters in the order of their tokens.
         unknown: number of other characters in each split. The model need not tell which these are, so many of them
             flatter its bits per byte.
 
     Raises:
         FileNotFoundError: if there is no such path.
-        OSError: if it cannot be read.
-        ValueError: if the text is empty, too short for its splits, larger than memory allows, cannot be unpacked, is
-            UTF-16 or, with "char", is not UTF-8.
+        OSError: if it cannot be read, or its tokens cannot be written.
+        ValueError: if the text is empty, too short for its splits, larger than half of the free disk, cannot be
+            unpacked, is UTF-16 or, with "char", is not UTF-8.
     """
 
     metric = "bpb"
@@ -74,75 +79,98 @@ class Text(Task):
         self.path, self.tokenizer = path, tokenizer
         self.valid_fraction, self.test_fraction = valid_fraction, test_fraction
         self.vocab_size = self.num_classes = 256
-        self.unknown, self.mean_bytes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 1.0)
-        self.files: dict[str, Any] = {"number": 0, "bytes": 0, "skipped": ""}  # what has been read
+        self.prepared = cache_dir() / f"text-{self.fingerprint()}"
+        content = read_content(cached_file(self.prepared / "content.json", self.prepare))
+        files = content["files"]
+        skipped = f"; skipped {content['num_skipped']:,}: {files['skipped']}" if files["skipped"] else ""
+        log.info(f"text: {files['number']:,} files, {files['bytes']:,} bytes{skipped}")
+        self.unknown, self.mean_bytes = content["unknown"], content["mean_bytes"]
+        if content["vocab"] is not None:
+            self.vocab: str = content["vocab"]
+            self.vocab_size = self.num_classes = len(self.vocab) + 1
+            self.extra_metrics = ("bpc",)
         try:
-            blocks = [store(block) for block in regroup(self.read())]
-            if not self.files["bytes"]:
-                skipped = f" (skipped {self.files['skipped']})" if self.files["skipped"] else ""
-                raise ValueError(f"task.path={path} is empty{skipped}: name a file or folder with text")
-            sha256 = self.join_bytes(blocks) if tokenizer == "byte" else self.tokenize_characters(blocks)
-        except MemoryError:
-            raise ValueError(f"task.path={path} does not fit into memory; use a part of it") from None
+            tokens = map_tokens(self.prepared / "tokens", token_dtype(self.vocab_size), content["length"])
+        except (OSError, ValueError):
+            raise ValueError(f"{self.prepared} is damaged: delete it and run again") from None
+        self.splits = dict(zip(SPLITS, np.split(tokens, self.ends(len(tokens))), strict=True))
         counts = {split: {"tokens": len(part), "unknown": self.unknown[split]} for split, part in self.splits.items()}
         # sha256 of the bytes, or of the code points as uint32
-        self.data_info = {"sha256": sha256, "files": self.files, **counts}
+        self.data_info = {"sha256": content["sha256"], "files": files, **counts}
 
-    def read(self) -> Iterator[bytes]:
-        """The text in chunks, which with "char" end between two characters. Count and log what is read."""
+    def fingerprint(self) -> str:
+        """A hash of which files there are, how large and how old they are, and how they become tokens."""
+        files = []
+        for path in find_files(self.path, []):
+            status = path.stat()
+            files.append((str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        options = (self.tokenizer, *((self.valid_fraction, self.test_fraction) if self.tokenizer == "char" else ()))
+        return hashlib.sha256(repr((FORMAT, options, files)).encode()).hexdigest()[:16]
+
+    def prepare(self) -> Iterator[bytes]:
+        """JSON of what the text holds, after its tokens have been written beside it."""
+        text_path = self.prepared / ("tokens" if self.tokenizer == "byte" else "text")
+        files: dict[str, Any] = {"number": 0, "bytes": 0}
         skipped: list[str] = []
-        limit = free_memory() // 2  # the rest is for tokens
-        for name, chunks in read_texts(self.path, skipped):
-            self.files["number"] += 1
-            for index, chunk in enumerate(chunks if self.tokenizer == "byte" else check_utf8(name, chunks)):
-                yield (text := chunk.removeprefix(codecs.BOM_UTF8) if index == 0 else chunk)
-                self.files["bytes"] += len(text)
-                if self.files["bytes"] > limit:
-                    raise ValueError(f"task.path={self.path} has more than {limit:,} bytes, half of the free memory")
-        self.files["skipped"] = shorten(skipped)
-        read = f"{self.files['number']:,} files, {self.files['bytes']:,} bytes"
-        log.info("text: %s%s", read, f"; skipped {len(skipped):,}: {self.files['skipped']}" if skipped else "")
+        sha256 = hashlib.sha256()
+        text_path.unlink(missing_ok=True)  # of an earlier try
+        cached_file(text_path, lambda: self.read(files, skipped, sha256))
+        if not files["bytes"]:
+            but = f" (skipped {shorten(skipped)})" if skipped else ""
+            raise ValueError(f"task.path={self.path} is empty{but}: name a file or folder with text")
+        files["skipped"] = shorten(skipped)
+        content = {
+            "files": files,
+            "num_skipped": len(skipped),
+            "sha256": sha256.hexdigest(),
+            "length": files["bytes"],
+            "vocab": None,
+        }
+        content |= {"unknown": dict.fromkeys(SPLITS, 0), "mean_bytes": dict.fromkeys(SPLITS, 1.0)}
+        if self.tokenizer == "char":
+            content |= self.tokenize_characters(text_path)
+            text_path.unlink()
+        yield json.dumps(content).encode()
 
-    def split(self, text: np.ndarray) -> dict[str, np.ndarray]:
-        """The parts of the text, (N,)."""
-        return dict(zip(SPLITS, np.split(text, self.ends(len(text))), strict=True))
+    def read(self, files: dict[str, Any], skipped: list[str], sha256: Any) -> Iterator[bytes]:
+        """The text in chunks, which with "char" end between two characters. Count what is read, and hash it."""
+        limit = shutil.disk_usage(self.prepared).free // 2
+        for name, chunks in read_texts(self.path, skipped):
+            files["number"] += 1
+            for index, chunk in enumerate(chunks if self.tokenizer == "byte" else check_utf8(name, chunks)):
+                text = chunk.removeprefix(codecs.BOM_UTF8) if index == 0 else chunk
+                files["bytes"] += len(text)
+                if files["bytes"] > limit:
+                    free = f"half of what is free in {cache_dir()}"
+                    raise ValueError(f"task.path={self.path} has more than {limit:,} bytes, {free}")
+                sha256.update(text)
+                yield text
 
     def ends(self, length: int) -> list[int]:
         """Where the train and the valid split of a text of this length end."""
         shares = 1 - self.valid_fraction - self.test_fraction, 1 - self.test_fraction
         return [round(length * share) for share in shares]
 
-    def join_bytes(self, blocks: list[np.ndarray]) -> str:
-        """Set `splits` to the bytes; return their sha256."""
-        text, start, sha256 = np.empty(sum(map(len, blocks)), np.uint8), 0, hashlib.sha256()
-        for block in consume(blocks):
-            sha256.update(block.data)
-            text[start : start + len(block)] = block
-            start += len(block)
-        self.splits = self.split(text)
-        return sha256.hexdigest()
-
-    def tokenize_characters(self, blocks: list[np.ndarray]) -> str:
-        """Set `splits` to the tokens of the characters, and what is known of these; return their sha256."""
-        length = sum(int((block & 0xC0 != 0x80).sum()) for block in blocks)  # all other bytes continue a character
+    def tokenize_characters(self, text_path: Path) -> dict[str, Any]:
+        """Write the tokens of the characters of UTF-8, and return what is known of these."""
+        length = sum(int((np.frombuffer(chunk, np.uint8) & 0xC0 != 0x80).sum()) for chunk in read_file(text_path))
         ends = self.ends(length)
         if not ends[0]:
             raise ValueError(f"task.path={self.path} has {length} characters, of which none are for training")
-        counts, self.mean_bytes, sha256 = count_characters(blocks, ends)
+        counts, mean_bytes, sha256 = count_characters(read_file(text_path), ends)
         known = np.flatnonzero(counts["train"])
-        self.vocab = "".join(map(chr, known))
-        self.vocab_size = self.num_classes = len(known) + 1
-        self.extra_metrics = ("bpc",)
-        self.unknown = {split: int(count.sum() - count[known].sum()) for split, count in counts.items()}
-        token_of = np.full(NUM_CODE_POINTS, len(known), np.min_scalar_type(len(known)))
+        token_of = np.full(NUM_CODE_POINTS, len(known), token_dtype(len(known) + 1))
         token_of[known] = np.arange(len(known))
-        tokens, start = np.empty(length, token_of.dtype), 0
-        for block in consume(blocks):
-            part = token_of[code_points(block.data)]
-            tokens[start : start + len(part)] = part
-            start += len(part)
-        self.splits = self.split(tokens)
-        return sha256
+        tokens = self.prepared / "tokens"
+        tokens.unlink(missing_ok=True)
+        cached_file(tokens, lambda: (token_of[code_points(chunk)].tobytes() for chunk in read_file(text_path)))
+        return {
+            "sha256": sha256,
+            "length": length,
+            "vocab": "".join(map(chr, known)),
+            "unknown": {split: int(count.sum() - count[known].sum()) for split, count in counts.items()},
+            "mean_bytes": mean_bytes,
+        }
 
     def bytes_per_token(self, split: str) -> float:
         return self.mean_bytes[split]
@@ -166,42 +194,40 @@ def check_utf8(name: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
         rest, start = content[length:], start + length
 
 
-def regroup(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The same content in blocks of at least CHUNK bytes, but for the last."""
-    group, size = [], 0
-    for chunk in chunks:
-        group.append(chunk)
-        size += len(chunk)
-        if size >= CHUNK:
-            yield b"".join(group)
-            group, size = [], 0
-    if size:
-        yield b"".join(group)
+def read_file(path: Path) -> Iterator[bytes]:
+    """UTF-8 in chunks that end between two characters."""
+    with open(path, "rb") as file:
+        yield from check_utf8(str(path), iter(lambda: file.read(CHUNK), b""))
 
 
-def store(block: bytes) -> np.ndarray:
-    """A copy in memory that the system gets back as soon as it is freed, whatever the allocator does."""
+def read_content(path: Path) -> dict[str, Any]:
+    """What `Text.prepare` has written. Raises ValueError if it is anything else."""
+    content = read_json(path, str(path))
     try:
-        array = np.frombuffer(mmap(-1, len(block)), np.uint8)
-    except OSError as error:
-        raise MemoryError(error.strerror) from None
-    array[:] = np.frombuffer(block, np.uint8)
-    return array
+        numbers = [content["length"], content["num_skipped"], *(content["unknown"][split] for split in SPLITS)]
+        numbers += [content["files"][name] for name in ("number", "bytes")]
+        texts = [content["sha256"], content["files"]["skipped"]]
+        is_content = all(type(number) is int and number >= 0 for number in numbers)
+        is_content &= all(isinstance(text, str) for text in texts) and isinstance(content["vocab"], str | None)
+        is_content &= all(isinstance(content["mean_bytes"][split], float) for split in SPLITS)
+    except (TypeError, LookupError):
+        is_content = False
+    if not is_content:
+        raise ValueError(f"{path} does not say what a text holds: delete it and run again")
+    return content
 
 
-def consume(blocks: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield the blocks in order, and forget each: the memory for them and for their tokens is not needed twice."""
-    blocks.reverse()
-    while blocks:
-        yield blocks.pop()
+def token_dtype(vocab_size: int) -> Any:
+    """The smallest unsigned integers that hold the tokens."""
+    return np.min_scalar_type(vocab_size - 1).type
 
 
-def code_points(content: bytes | memoryview) -> np.ndarray:
+def code_points(content: bytes) -> np.ndarray:
     """The characters of UTF-8, (N,) uint32. Raises UnicodeDecodeError if it is not."""
     return np.frombuffer(codecs.utf_8_decode(content, "strict", True)[0].encode("utf-32-le"), np.uint32)
 
 
-def count_characters(blocks: list[np.ndarray], ends: list[int]) -> tuple[dict[str, np.ndarray], dict[str, float], str]:
+def count_characters(chunks: Iterable[bytes], ends: list[int]) -> tuple[dict[str, np.ndarray], dict[str, float], str]:
     """What the text holds, whose train and valid split end at these characters.
 
     Returns:
@@ -212,8 +238,8 @@ def count_characters(blocks: list[np.ndarray], ends: list[int]) -> tuple[dict[st
     counts = {split: np.zeros(NUM_CODE_POINTS, np.int64) for split in SPLITS}
     first: dict[str, np.ndarray] = {}
     sha256, start = hashlib.sha256(), 0
-    for block in blocks:
-        text = code_points(block.data)
+    for chunk in chunks:
+        text = code_points(chunk)
         sha256.update(text.data)
         for split, part in zip(SPLITS, np.split(text, np.clip(np.subtract(ends, start), 0, len(text))), strict=True):
             block_counts = np.bincount(part)

@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from .data_cache import CHUNK, user_path
+from .data_cache import CHUNK, cache_dir, user_path
 
 HEAD = 8192  # bytes that show what a file is
 FORMATS = {  # how each format begins
@@ -142,6 +142,8 @@ def walk(root: Path, skipped: list[str]) -> Iterator[Path]:
                 skip(skipped, root, path, SPECIAL_FILES.get(stat.S_IFMT(status.st_mode), "not a file"))
             elif is_run_folder(path):
                 skip(skipped, root, path, "run folder")
+            elif path.absolute() == cache_dir().absolute():  # it holds copies of texts
+                skip(skipped, root, path, "cache folder")
             else:
                 seen.add(identity)
                 stack += sorted(path.iterdir(), reverse=True)
@@ -269,14 +271,3 @@ def printable(path: Path) -> str:
 def shorten(skipped: list[str], count: int = 10) -> str:
     """The first few of what was skipped."""
     return ", ".join(skipped[:count]) + (f" and {len(skipped) - count:,} more" if len(skipped) > count else "")
-
-
-def free_memory() -> int:
-    """Bytes of memory that can be taken, also in a container."""
-    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")))
-    with suppress(OSError, ValueError):  # it may be "max"
-        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(free)

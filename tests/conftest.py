@@ -1,6 +1,7 @@
 """Every test: one thread, so that timings and sums do not depend on the machine; no network, no account."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -12,8 +13,13 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _compile_the_attention():
-    """Before a test sets a cache folder of its own, in which it would be compiled once more."""
+def _cache_folder(tmp_path_factory):
+    """A cache folder for the tests, with the attention that was compiled for other programs, or is now."""
+    from expire_span.cache_folder import cache_dir
     from expire_span.kernels import cpp_backend
 
     cpp_backend.available()
+    folder = tmp_path_factory.mktemp("cache")
+    for library in cache_dir().glob("attention-*.so"):
+        shutil.copy(library, folder)
+    os.environ["EXPIRE_SPAN_CACHE"] = str(folder)

@@ -9,12 +9,12 @@ import logging
 import lzma
 import multiprocessing
 import os
-import resource
 import tarfile
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -200,10 +200,12 @@ def as_nobody():
         os.seteuid(user)
 
 
-def test_what_may_not_be_read_is_said_in_a_folder_and_refused_otherwise():
-    with TemporaryDirectory() as name:
+def test_what_may_not_be_read_is_said_in_a_folder_and_refused_otherwise(monkeypatch):
+    with TemporaryDirectory() as name, TemporaryDirectory() as cache:
+        monkeypatch.setenv("EXPIRE_SPAN_CACHE", cache)
         folder = Path(name)
         folder.chmod(0o755)
+        Path(cache).chmod(0o777)
         (folder / "a.txt").write_text("text")
         (folder / "b.txt").write_text("secret")
         (folder / "c").mkdir()
@@ -269,47 +271,96 @@ def test_a_character_may_lie_in_two_chunks(tmp_path):
         Text(tmp_path / "b.txt", tokenizer="char")
 
 
-def test_a_small_file_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "free_memory", lambda: 8_000_000)
+def test_a_small_file_that_unpacks_to_more_than_the_disk_has_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=8_000_000))
     (tmp_path / "a.gz").write_bytes(gzip.compress(bytes(CHUNK)) * 3000)  # 3 GB of zeros
-    with pytest.raises(ValueError, match=r"task\.path=.*a.gz has more than 4,000,000 bytes, half of the free memory"):
+    with pytest.raises(ValueError, match=r"task\.path=.*a.gz has more than 4,000,000 bytes, half of what is free in"):
         Text(tmp_path / "a.gz")
-
-
-def read_with_little_memory(path, results):
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), resource.RLIM_INFINITY))
-    try:
-        Text(path)
-    except ValueError as error:
-        results.put(str(error))
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_a_limit_of_the_memory_ends_in_one_line(tmp_path):
-    path = tmp_path / "a.gz"
-    path.write_bytes(gzip.compress(bytes(CHUNK)) * 3000)
-    context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
-    process = context.Process(target=read_with_little_memory, args=(path, results))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
-    assert results.get() == f"task.path={path} does not fit into memory; use a part of it"
+    assert not list(Path(os.environ["EXPIRE_SPAN_CACHE"]).glob("text-*/*.part"))
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc")
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])
-def test_reading_takes_less_than_three_times_the_size_of_the_text(tmp_path, tokenizer):
-    size = 24_000_000
+def test_neither_preparing_nor_reading_takes_memory_in_proportion_to_the_text(tmp_path, tokenizer):
+    """The tables of all characters take some 40 MB, whatever the text."""
+    size = 64_000_000
     (tmp_path / "a.txt").write_text("a b c d " * (size // 8))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    task = Text(tmp_path / "a.txt", tokenizer=tokenizer)
-    assert len(task.splits["train"]) == size * 0.9
-    assert resident("VmHWM") - before < 3 * size + 50_000_000
+    for limit in (60_000_000, 8_000_000):  # once to write the tokens, once to map them
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident("RssAnon")
+        task = Text(tmp_path / "a.txt", tokenizer=tokenizer)
+        assert len(task.splits["train"]) == size * 0.9
+        next(task.stream("train", 64, 512))
+        assert resident("RssAnon") - before < limit
+        assert resident("VmHWM") - resident("RssFile") - before < limit  # also at its peak
 
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+def prepare(path, results):
+    with suppress(ValueError):
+        results.put(Text(path).data_info["sha256"])
+
+
+def test_several_processes_prepare_a_text_once(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(CONTENT * 1000, encoding="utf-8")
+    counts = tmp_path / "read"
+    read = text_module.read_texts
+
+    def counted(path, skipped):
+        with open(counts, "a") as file:
+            file.write("read\n")
+        yield from read(path, skipped)
+
+    monkeypatch.setattr(text_module, "read_texts", counted)
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=prepare, args=(tmp_path / "a.txt", results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    hashes = {results.get() for _ in processes}
+    for process in processes:
+        process.join(60)
+    assert len(hashes) == 1
+    assert counts.read_text() == "read\n"
+
+
+def test_a_text_that_has_changed_is_read_anew_and_an_unchanged_one_is_not(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text(CONTENT, encoding="utf-8")
+    first = Text(path).data_info
+    path.write_text(CONTENT.replace("a plain", "another"), encoding="utf-8")
+    os.utime(path, ns=(0, 0))
+    second = Text(path).data_info
+    assert first["sha256"] != second["sha256"]
+    monkeypatch.setattr(text_module, "read_texts", None)
+    assert Text(path).data_info == second
+
+
+def test_the_cache_folder_is_no_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPIRE_SPAN_CACHE", str(tmp_path / "texts" / "cache"))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(CONTENT, encoding="utf-8")
+    first = Text(tmp_path / "texts")
+    assert text_of(first) == text_of(Text(tmp_path / "texts")) == CONTENT
+    assert skipped(Text(tmp_path / "texts", tokenizer="char")) == "cache (cache folder)"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"not JSON", b'{"length": -1}'])
+def test_a_damaged_note_of_what_a_text_holds_is_refused_by_name(tmp_path, content):
+    (tmp_path / "a.txt").write_text(CONTENT, encoding="utf-8")
+    (Text(tmp_path / "a.txt").prepared / "content.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"content\.json .*(delete it and run again|is not JSON)"):
+        Text(tmp_path / "a.txt")
+
+
+def test_damaged_or_missing_tokens_are_refused_by_their_folder(tmp_path):
+    (tmp_path / "a.txt").write_text(CONTENT, encoding="utf-8")
+    prepared = Text(tmp_path / "a.txt").prepared
+    for damage in (lambda path: path.write_bytes(b"short"), lambda path: path.unlink()):
+        damage(prepared / "tokens")
+        with pytest.raises(ValueError, match=rf"{prepared} is damaged: delete it and run again"):
+            Text(tmp_path / "a.txt")

@@ -16,7 +16,6 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from expire_span.tasks.base import RLTask
-from expire_span.tasks.text_files import free_memory
 
 from ..build import resolve_auto, select_device
 from ..cli import InstalledConfigs, check_arguments
@@ -38,6 +37,7 @@ from ..cost_model import (
     usable,
 )
 from ..errors import exit_with_message
+from ..logging.performance import free_memory
 from ..run_folder.config_files import load_config
 from ..trainer import build_task
 

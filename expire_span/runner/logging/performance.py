@@ -1,5 +1,6 @@
 """Time per step and peak memory."""
 
+import os
 import resource
 import sys
 import time
@@ -71,3 +72,14 @@ def peak_memory(device: torch.device) -> Metrics:
         return {"perf/peak_resident_gb": int(kilobytes) * 1024 / 1e9}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"perf/peak_resident_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+
+
+def free_memory() -> int:
+    """Bytes of memory that can be taken, also in a container."""
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")))
+    with suppress(OSError, ValueError):  # it may be "max"
+        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(free)
