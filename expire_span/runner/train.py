@@ -17,6 +17,7 @@ from .errors import OutOfMemory, is_out_of_memory
 from .logging.metrics import Metrics
 from .logging.performance import peak_memory, reset_peak_memory
 from .logging.profiler import profiler
+from .logging.throughput import throughput
 from .logging.wandb_logger import wandb_logger
 from .lr_schedule import alpha_multiplier, lr_multiplier, set_lr
 from .run_folder import checkpoint
@@ -132,6 +133,7 @@ def interval_metrics(trainer: Trainer) -> Metrics:
     trainer.check_finite()
     metrics = trainer.objective.summarize(trainer.averager.pop_means())
     metrics |= trainer.objective.time_metrics(*trainer.timer.pop())
+    metrics |= throughput(trainer.config, trainer.model, trainer.device, metrics)
     return metrics | peak_memory(trainer.device)
 
 
