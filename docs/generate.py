@@ -1,4 +1,4 @@
-"""Generate the parts of the documentation that must not drift: tables of conf/, and copies of results/.
+"""Generate the parts of the documentation that must not drift: tables of conf/, plans, and copies of results/.
 
 Writes docs/_generated/, which git ignores. docs/conf.py calls `main` at every build.
 """
@@ -118,6 +118,25 @@ def experiments_page() -> str:
     return "\n".join(page)
 
 
+def plans_page() -> str:
+    """What `expire-span-plan` prints for a preset of each table of the paper, then a line for every preset."""
+    from expire_span.runner.commands.plan import make_plan, short
+
+    page, rows, shown = [], [], set()
+    for path in sorted((CONF / "experiment").glob("table*.yaml")):
+        command = f"experiment={path.stem} gpus=8 device=h100"
+        plan = make_plan(command.split())
+        table_of_paper = path.stem.partition("_")[0]
+        if table_of_paper not in shown:
+            page += ["```console", f"$ expire-span-plan {command}", str(plan), "```", ""]
+            shown.add(table_of_paper)
+        case = plan.cases[0]
+        gigabytes, hours = sum(case.memory.values()) / 1e9, case.hours(plan.sizes.config)
+        rows.append((f"`{path.stem}`", case.title, f"{case.num_memories:,.0f}", short(gigabytes), short(hours)))
+    header = ("experiment=", "memories", "of a stream in a layer", "GB of each GPU", "hours")
+    return "\n".join([*page, "All presets, on eight H100, predicted:", "", *table(rows, header), ""])
+
+
 def copy_results() -> None:
     """Copy results/ as pages of the site; a page without a heading gets its path as one."""
     target = GENERATED / "results"
@@ -138,6 +157,7 @@ def main() -> None:
     GENERATED.mkdir()
     (GENERATED / "config.md").write_text(config_page())
     (GENERATED / "experiments.md").write_text(experiments_page())
+    (GENERATED / "plans.md").write_text(plans_page())
     copy_results()
 
 

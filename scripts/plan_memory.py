@@ -35,7 +35,7 @@ MODELS = ("trans_xl", "compressive", "expire_span", "adaptive_span")
 SIZES = {  # layers, d, heads, feed-forward, streams, block, span
     "small": (2, 64, 2, 256, 16, 64, 512),
     "medium": (4, 256, 4, 1024, 16, 128, 512),
-    "large": (3, 512, 8, 2048, 8, 512, 1024),  # the paper's layers
+    "large": (2, 512, 8, 2048, 4, 256, 512),  # the paper's layers
 }
 KEYS = ("transformer.num_layers", "transformer.hidden_size", "transformer.num_heads", "transformer.feedforward_size",
         "train.batch_size", "train.block_size", "memory.max_span")  # fmt: skip

@@ -170,8 +170,6 @@ def seconds_per_update(
 ) -> dict[str, float]:
     """Predict the seconds of one update, by part: without evaluation, data, and acting in environments.
 
-    Kernel launches are not counted either, so that small models take longer.
-
     Args:
         sizes, streams, micro_batch_size, num_memories: As in `memory_by_part`.
         device: That of each process.
@@ -181,11 +179,11 @@ def seconds_per_update(
         training blocks; blocks without targets; what copying offloaded memories and reducing gradients add.
     """
     config = sizes.config
-    cost = step_cost(sizes, micro_batch_size, num_memories, "cuda")
+    cost = step_cost(sizes, micro_batch_size, num_memories, device.type)
     parts = streams // micro_batch_size
     speed = device.efficiency * device.flops[config.run.precision], device.efficiency * device.bandwidth
-    train = config.train.grad_accumulation * parts * cost.roofline_seconds(*speed)
-    fill = blocks_without_targets(config) * parts * cost.roofline_seconds(*speed, backward=False)
+    train = config.train.grad_accumulation * parts * cost.seconds(*speed)
+    fill = blocks_without_targets(config) * parts * cost.seconds(*speed, backward=False)
     seconds = {"training blocks": train, "blocks without targets": fill}
     if config.train.get("offload_memory"):
         blocks = config.train.grad_accumulation + blocks_without_targets(config)

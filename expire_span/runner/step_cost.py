@@ -12,6 +12,7 @@ from ..transformer import TransformerConfig
 
 ROW_BYTES = 16  # of a memory beside its hidden state: the timestep and the smallest distance, int64 each
 MAX_REL_BYTES = 2**29  # of the position scores of Triton's attention at a time, and as much for their gradient
+LAUNCH_SECONDS = 5e-4  # of a layer's kernels, forward; twice as much backward; our assumption
 
 
 @dataclass(frozen=True)
@@ -89,27 +90,45 @@ class StepCost:
         total["softmax"] = passes * 2 * tokens * d * self.classes
         return total
 
-    def bytes_moved(self, backward: bool = True) -> float:
-        """Weights, hidden states, keys and values of all memories: once forward and twice backward."""
+    def bytes_moved(self) -> float:
+        """A lower bound: weights, hidden states, keys and values of all memories, once forward and twice backward."""
         sizes = self.transformer
         d = sizes.hidden_size
         weights = self.num_layers * (4 * d**2 + 2 * d * sizes.feedforward_size) + 2 * d * sizes.vocab_size
         rows = self.num_layers * (self.memories + self.tokens) * d * 3
-        return self.product * (weights + rows) * (3 if backward else 1)
+        return 3 * self.product * (weights + rows)
 
-    def roofline_seconds(self, flops: float, bandwidth: float, backward: bool = True) -> float:
-        """The longer of the times for computing and for moving bytes."""
-        recomputed = (
-            sum(self.operations(False).values()) if backward and self.transformer.activation_checkpointing else 0
-        )
-        return max(
-            (sum(self.operations(backward).values()) + recomputed) / flops, self.bytes_moved(backward) / bandwidth
-        )
+    def roofline_seconds(self, flops: float, bandwidth: float) -> float:
+        """A lower bound: the longer of the times for computing and for moving bytes."""
+        return max(sum(self.operations().values()) / flops, self.bytes_moved() / bandwidth)
+
+    def seconds(self, flops: float, bandwidth: float, backward: bool = True) -> float:
+        """An estimate: products, then what other kernels move; or launching them all, if that takes longer.
+
+        What is saved for the backward pass is written and read, in the backward pass read again, and its gradient
+        written and read. All memories are copied twice: beside the block, and when some are dropped.
+        """
+        operations = sum(self.operations(backward).values())
+        layer = self.saved_in_attention() + self.saved_in_feedforward()
+        moved = self.num_layers * ((5 if backward else 2) * layer + (7 if backward else 2) * self.position_scores())
+        moved += 4 * self.memory_bytes()
+        if backward and self.transformer.activation_checkpointing:
+            operations += sum(self.operations(backward=False).values())
+            moved += 2 * self.num_layers * layer
+        launches = self.num_layers * LAUNCH_SECONDS * (3 if backward else 1)
+        return max(operations / flops + moved / bandwidth, launches)
 
     def memory_bytes(self) -> float:
         """Bytes of the memories that the micro-batch holds, in all layers."""
         row = self.transformer.hidden_size * self.number + ROW_BYTES
         return self.num_layers * self.batch_size * self.num_memories * row
+
+    def position_scores(self) -> float:
+        """Bytes of the scores of all queries with the position table, which a layer of Triton's attention stores."""
+        if self.device_type != "cuda":
+            return 0
+        seen = min(self.num_positions, self.num_memories + self.num_pooled + self.block_size)
+        return self.tokens * self.transformer.num_heads * seen * self.product
 
     def saved_in_attention(self) -> float:
         """Bytes that the attention of one layer saves for the backward pass, without the memories themselves."""
@@ -167,9 +186,7 @@ class StepCost:
             grads += 3 * self.memories * d * self.product  # of the normalized memories
         if self.product < self.number:
             grads += rows * d * self.product  # the memories, cast
-        if self.device_type == "cuda":
-            table = min(self.num_positions, self.num_memories + self.num_pooled + self.block_size)
-            grads += 2 * min(MAX_REL_BYTES, self.tokens * sizes.num_heads * table * self.product)
+        grads += 2 * min(MAX_REL_BYTES, self.position_scores())
         feedforward_grads = self.tokens * (2 * sizes.feedforward_size * self.product + 2 * d * self.number)
         done = 0 if sizes.activation_checkpointing else self.saved_in_feedforward()
         flight, backward = "memories in flight", "workspace of the backward pass"

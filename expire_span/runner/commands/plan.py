@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +34,7 @@ from ..cost_model import (
     most_memories,
     run_sizes,
     seconds_per_update,
+    step_cost,
     usable,
 )
 from ..errors import exit_with_message
@@ -66,11 +67,29 @@ class Case(NamedTuple):
     micro_batch_size: int | None  # None: nothing makes it fit
     overrides: Mapping[str, bool]  # that make it fit
     memory: dict[str, float]  # bytes by part
+    offloaded: float  # bytes of memories in the host's memory, of all GPUs
     seconds: dict[str, float]  # of an update, by part
 
+    def hours(self, config: DictConfig) -> float:
+        return sum(self.seconds.values()) * config.train.updates / 3600
 
-def plan(arguments: Sequence[str]) -> str:
-    """The predictions for a command line of `expire-span-plan`, as a text.
+
+class Plan(NamedTuple):
+    """The predictions for a run on a number of devices."""
+
+    sizes: RunSizes
+    vocabulary: str
+    device: Device
+    gpus: int
+    cases: list[Case]
+
+    def __str__(self) -> str:
+        sections = (heading(self), table(self), advice(self))
+        return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def make_plan(arguments: Sequence[str]) -> Plan:
+    """The predictions for a command line of `expire-span-plan`.
 
     Raises:
         ValueError: For what `expire-span` would refuse, too, or options that do not fit.
@@ -84,21 +103,11 @@ def plan(arguments: Sequence[str]) -> str:
             f"train.batch_size={config.train.batch_size} streams cannot be split evenly over gpus={gpus}; use one of "
             f"{', '.join(divisors[:20])}"
         )
-    if options["device"] == "this":
-        resolve_auto(config, select_device(config.run.device))
-    elif config.run.precision == "auto":
-        config.run.precision = "bfloat16"
     device = read_device(options["device"], config)
     vocab_size, num_classes, source = vocabulary(config)
     sizes = run_sizes(config, vocab_size, num_classes)
     cases = [fit(sizes, title, memories, device, gpus) for title, memories in memory_cases(sizes, kept)]
-    lines = [
-        *heading(sizes, device, gpus, f"{vocab_size:,} tokens ({source})"),
-        "",
-        *table(cases, config.train.updates, device),
-        "",
-    ]
-    return "\n".join([*lines, *advice(sizes, cases, device, gpus)]) + "\n"
+    return Plan(sizes, f"{vocab_size:,} tokens ({source})", device, gpus, cases)
 
 
 def read_config(arguments: Sequence[str]) -> DictConfig:
@@ -133,11 +142,14 @@ def read_number(name: str, text: str, smallest: float, largest: float) -> float:
 
 
 def read_device(name: str, config: DictConfig) -> Device:
-    """Raises ValueError for a device without published figures here."""
+    """The device, for which `run.precision=auto` is replaced. Raises ValueError for one that is not known here."""
     if name == "this":
+        resolve_auto(config, select_device(config.run.device))
         return this_device(config)
     if name not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)} or this, got {name}")
+    if config.run.precision == "auto":
+        config.run.precision = "bfloat16"
     return DEVICES[name]
 
 
@@ -189,58 +201,74 @@ def fit(sizes: RunSizes, title: str, num_memories: float, device: Device, gpus: 
         if size is not None:
             break
     memory = memory_by_part(new, streams, size or 1, num_memories, device.type)
+    offloaded = 0.0
+    if new.config.train.get("offload_memory") and device.type == "cuda":
+        offloaded = step_cost(new, streams * gpus, num_memories, device.type).memory_bytes()
     seconds = seconds_per_update(new, streams, size or 1, num_memories, device, gpus)
-    return Case(title, num_memories, size, overrides, memory, seconds)
+    return Case(title, num_memories, size, overrides, memory, offloaded, seconds)
 
 
-def heading(sizes: RunSizes, device: Device, gpus: int, words: str) -> list[str]:
+def heading(plan: Plan) -> list[str]:
     """What the predictions are for."""
-    config, train = sizes.config, sizes.config.train
+    config, train, device = plan.sizes.config, plan.sizes.config.train, plan.device
     task, model, precision = (config.task._target_, config.model._target_, config.run.precision)
     names = f"{task.rpartition('.')[2]}, {model.rpartition('.')[2]}"
     speed = f"{device.flops[precision] / 1e12:,.4g} TFLOP/s in {precision}"
     lines = [
         "Predictions of a cost model; no figure here is measured.",
-        f"{names}: {sizes.num_parameters:,} parameters; {words}",
+        f"{names}: {plan.sizes.num_parameters:,} parameters; {plan.vocabulary}",
         f"{train.updates:,} updates of {train.batch_size} streams in blocks of {train.block_size}",
-        f"{gpus} x {device.name}, {train.batch_size // gpus} streams each; of its {speed} "
+        f"{plan.gpus} x {device.name}, {train.batch_size // plan.gpus} streams each; of its {speed} "
         f"{100 * device.efficiency:.0f} % are assumed to be reached",
     ]
     if blocks := blocks_without_targets(config):
         lines.append(f"{blocks:,} blocks without targets before each that trains, in the longest episodes")
     if issubclass(get_class(task), RLTask):
-        lines.append("The time of acting in the environments is left out.")
+        lines.append("the time of acting in the environments is left out")
     return lines
 
 
-def table(cases: Sequence[Case], updates: int, device: Device) -> list[str]:
+def table(plan: Plan) -> list[str]:
     """One column for each case."""
-    rows = [("", [case.title for case in cases])]
-    rows += [("memories of a stream in a layer", [f"{case.num_memories:,.0f}" for case in cases])]
-    rows += [("streams at a time (micro-batch)", [f"{case.micro_batch_size or 1}" for case in cases])]
+    cases = plan.cases
+    whole = [sum(case.memory.values()) for case in cases]
+    unit, name = (1e9, "GB") if max(whole) >= 1e9 else (1e6, "MB")
+
+    def row(title: str, cells: Iterable[str]) -> str:
+        return f"{title:36}" + "".join(f"{cell:>15}" for cell in cells)
+
+    def bytes_row(title: str, numbers: Sequence[float]) -> str:
+        return row(f"{name} {title}", (short(number / unit) for number in numbers))
+
+    lines = [row("", (case.title for case in cases))]
+    lines.append(row("memories of a stream in a layer", (f"{case.num_memories:,.0f}" for case in cases)))
+    lines.append(row("streams at a time (micro-batch)", (f"{case.micro_batch_size or 1}" for case in cases)))
     for part in dict.fromkeys(part for case in cases for part in case.memory):
-        rows.append((f"GB: {part}", [gigabytes(case.memory.get(part, 0)) for case in cases]))
-    rows += [(f"GB in all, of {gigabytes(device.memory)}", [gigabytes(sum(case.memory.values())) for case in cases])]
-    seconds = [sum(case.seconds.values()) for case in cases]
-    rows += [("seconds for an update", [f"{value:,.3g}" for value in seconds])]
-    rows += [("hours for the run", [f"{value * updates / 3600:,.0f}" for value in seconds])]
-    return [f"{name:36}" + "".join(f"{cell:>15}" for cell in cells) for name, cells in rows]
+        lines.append(bytes_row(part, [case.memory.get(part, 0) for case in cases]))
+    lines.append(bytes_row(f"in all, of {short(plan.device.memory / unit)}", whole))
+    if any(case.offloaded for case in cases):
+        lines.append(bytes_row("of the host, for memories", [case.offloaded for case in cases]))
+    hours = [case.hours(plan.sizes.config) for case in cases]
+    lines.append(row("seconds for an update", (f"{sum(case.seconds.values()):.3g}" for case in cases)))
+    lines.append(row("hours for the run", map(short, hours)))
+    return lines
 
 
-def gigabytes(number: float) -> str:
-    return f"{number / 1e9:,.2f}" if number < 10e9 else f"{number / 1e9:,.0f}"
+def short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
 
 
-def advice(sizes: RunSizes, cases: Sequence[Case], device: Device, gpus: int) -> list[str]:
+def advice(plan: Plan) -> list[str]:
     """What would not fit, and what makes it fit."""
+    sizes, device = plan.sizes, plan.device
     batch_size = sizes.config.train.batch_size
-    streams, lines = batch_size // gpus, []
-    for case in cases:
+    streams, lines = batch_size // plan.gpus, []
+    for case in plan.cases:
         whole = sum(memory_by_part(sizes, streams, streams, case.num_memories, device.type).values())
         if whole <= usable(device.memory):
             lines.append(f"{case.title}: fits as it is")
             continue
-        problem = f"{case.title}: {streams} streams at once need {gigabytes(whole)} GB"
+        problem = f"{case.title}: {streams} streams at once need {short(whole / 1e9)} GB"
         if case.micro_batch_size is None:
             lines.append(
                 f"{problem}, and one at a time does not fit either; lower memory.max_span or the sizes of transformer"
@@ -249,12 +277,12 @@ def advice(sizes: RunSizes, cases: Sequence[Case], device: Device, gpus: int) ->
         overrides = [f"train.micro_batch_size={case.micro_batch_size}", *(f"{key}=true" for key in case.overrides)]
         enough = [
             number
-            for number in range(gpus, batch_size + 1, gpus)
+            for number in range(plan.gpus, batch_size + 1, plan.gpus)
             if batch_size % number == 0
             and fitting_micro_batch(sizes, batch_size // number, case.num_memories, device.type, device.memory)
             == batch_size // number
         ]
-        more = f", or gpus={enough[0]} without it" if enough else ""
+        more = f"; or gpus={enough[0]} alone" if enough else ""
         lines.append(f"{problem}; add {' '.join(overrides)}{more}")
     return lines
 
@@ -274,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="as for expire-span; or one run folder")
     try:
-        print(plan(parser.parse_args(arguments).arguments), end="")
+        print(make_plan(parser.parse_args(arguments).arguments))
     except Exception as error:
         exit_with_message(error)
 
