@@ -3,10 +3,10 @@
     python scripts/plan_memory.py                    prints the table
     python scripts/plan_memory.py --markdown FILE    writes it, with its origin
 
-Each case is a process of its own: a run on random bytes, until its memories are full. Two things are measured in the
-next step. Allocated: the bytes of all tensors alive before it, and the most that its allocations add, as torch's
-profiler counts them, also within C++. Resident: the peak size of the process, less what it was after the imports and
-a tiny step; this includes what the allocator cannot reuse.
+Each case is a process of its own: a run on random bytes, until its memories are full. Two things are measured in its
+last steps. Tensors: the bytes of all that are alive before the step, and the most that its allocations add, as torch's
+profiler counts them, also those within C++. Resident: the peak size of the process, less what it was after all imports
+and a tiny step. It has the allocator's gaps and the buffers of MKL, too, for which the model adds a share.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_module
 from torch.profiler import ProfilerActivity, profile
 
 from expire_span.runner.config.schema import validate
-from expire_span.runner.cost_model import initial_memories, memory_by_part, run_sizes
+from expire_span.runner.cost_model import OVERHEAD, initial_memories, memory_by_part, run_sizes
 from expire_span.runner.logging.performance import peak_memory, reset_peak_memory
 from expire_span.runner.run_folder.provenance import provenance
 from expire_span.runner.train import train_step
@@ -43,8 +43,20 @@ COMMON = ["task=text", "size=small", "memory.init_span_ratio=0.5", "optimizer.lr
           "lr_schedule.warmup_updates=0", "run.device=cpu", "run.num_threads=1", "eval.interval=null"]  # fmt: skip
 WARM_UP = ["transformer.num_layers=1", "transformer.hidden_size=8", "transformer.num_heads=1", "train.batch_size=1",
            "transformer.feedforward_size=8", "train.block_size=16", "memory.max_span=32"]  # fmt: skip
-COLUMNS = ("model", "size", "predicted MB", "allocated MB", "predicted / allocated", "resident MB",
-           "predicted / resident")  # fmt: skip
+COLUMNS = ("model", "size", "tensors: predicted MB", "measured MB", "ratio", "resident: predicted MB", "measured MB",
+           "ratio")  # fmt: skip
+TEXT = [
+    "The memory of a training step on a CPU, as `expire-span-plan` predicts it, beside what is measured, of tensors "
+    "and of the process. The script says how.",
+    "",
+    *(
+        f"- {name}: {layers} layers of d {width}, {heads} heads, feed-forward {inner}, {streams} streams in blocks of "
+        f"{block}, span {span}"
+        for name, (layers, width, heads, inner, streams, block, span) in SIZES.items()
+    ),
+    "- Compressive holds as many pooled memories as others; Expire-Span and Adaptive-Span hold what spans of half of L "
+    "keep.",
+]
 
 
 def measure(case: tuple[str, str, tuple[str, ...]]) -> dict[str, float]:
@@ -113,15 +125,19 @@ def main() -> None:
     for model in options.models:
         for size in options.sizes:
             result = measure_in_subprocess((model, size, tuple(options.overrides)))
-            predicted, allocated, resident = (result[name] for name in ("predicted", "allocated", "resident"))
-            cells = [model, size, f"{predicted / 1e6:.1f}", f"{allocated / 1e6:.1f}", f"{predicted / allocated:.2f}"]
-            lines.append("| " + " | ".join([*cells, f"{resident / 1e6:.1f}", f"{predicted / resident:.2f}"]) + " |")
+            cells = [model, size]
+            predicted = result["predicted"]
+            pairs = (predicted - result[OVERHEAD], result["allocated"]), (predicted, result["resident"])
+            for predicted, measured in pairs:
+                cells += [f"{predicted / 1e6:.1f}", f"{measured / 1e6:.1f}", f"{predicted / measured:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
             if options.parts:
                 print({name: f"{value:.4g}" for name, value in result.items()})
     if options.markdown:
         origin = provenance(sys.argv)
-        lines += ["", f"`{origin['command']}`, {json.dumps(origin['versions'])}, commit {origin['commit']}"]
+        lines = ["# Predicted and measured memory", "", *TEXT, "", *lines, ""]
+        lines.append(f"`{origin['command']}`, one thread, {json.dumps(origin['versions'])}, commit {origin['commit']}.")
         options.markdown.write_text("\n".join(lines) + "\n")
 
 

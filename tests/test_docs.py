@@ -10,6 +10,8 @@ import pytest
 import yaml
 from tiny_config import SMALL_SIZES, SMALL_TASKS
 
+from expire_span.runner.commands.plan import make_plan
+
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,6 +62,15 @@ def test_the_help_fits_one_screen_and_names_every_option():
     for group in ("task", "model", "size", "hydra/launcher"):
         for path in (CONF / group).glob("*.yaml"):
             assert re.search(rf"\b{path.stem}\b", text["template"])
+
+
+def test_the_plan_that_a_page_shows_is_what_the_command_prints():
+    shown = re.findall(
+        r"```console\n\$ expire-span-plan (.*?)\n(.*?)\n```", (ROOT / "docs/scaling.md").read_text(), re.S
+    )
+    assert shown
+    for arguments, output in shown:
+        assert str(make_plan(arguments.split())) == output
 
 
 def run_the_example(page, folder, *overrides):

@@ -15,6 +15,8 @@ from ..transformer import Transformer, TransformerConfig
 from .build import select_device
 from .step_cost import StepCost
 
+OVERHEAD = "gaps and libraries"  # a part of the memory of a CPU: what its allocator cannot reuse, and buffers of MKL
+CPU_OVERHEAD = 0.3  # of all other parts, as measured in results/plan-memory.md
 SAFETY_MARGIN = 0.1  # of a device's memory stays free: for the device's own use, and for what the model leaves out
 
 
@@ -154,15 +156,14 @@ def memory_by_part(
     held = cost.memory_bytes() * streams / micro_batch_size
     if sizes.config.train.get("offload_memory") and device_type == "cuda":
         held = min(held, 2 * cost.memory_bytes())  # those of this part and of the next, which are copied ahead
-    parts = {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer state": weights * sizes.optimizer_numbers,
-        "memories held": held,
-    }
-    if cost.product < cost.number:
-        parts["weights"] += sizes.num_parameters * cost.product  # cast to bfloat16
-    return parts | max(cost.moments(), key=lambda moment: sum(moment.values()))
+    cast = sizes.num_parameters * cost.product if cost.product < cost.number else 0  # of weights, to bfloat16
+    accumulates = micro_batch_size < streams or sizes.config.train.grad_accumulation > 1
+    moments = [{"gradients": weights if accumulates else 0} | moment for moment in cost.moments()]
+    moments.append({"gradients": weights, "memories in flight": cost.memory_bytes()})  # at the end of the backward pass
+    peak = max(moments, key=lambda moment: sum(moment.values()))
+    optimizer = weights * sizes.optimizer_numbers
+    parts = {"weights": weights + cast, "optimizer state": optimizer, "memories held": held} | peak
+    return parts | ({OVERHEAD: CPU_OVERHEAD * sum(parts.values())} if device_type == "cpu" else {})
 
 
 def seconds_per_update(

@@ -193,7 +193,7 @@ def changed(sizes: RunSizes, overrides: Mapping[str, bool]) -> RunSizes:
 
 
 def fit(sizes: RunSizes, title: str, num_memories: float, device: Device, gpus: int) -> Case:
-    """The first remedy, and with it the largest micro-batch, that is predicted to fit; without any, the last one."""
+    """The first remedy that is predicted to make the run fit; if none does, the last one, with a stream at a time."""
     streams = sizes.config.train.batch_size // gpus
     for overrides in REMEDIES if device.type == "cuda" else REMEDIES[::2]:
         new = changed(sizes, overrides)
