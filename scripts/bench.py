@@ -120,6 +120,8 @@ def main() -> None:
     ignored = sorted(name for name in preset_options if getattr(options, name) != parser.get_default(name))
     if options.preset and ignored:
         parser.error(f"--preset {options.preset} has values of its own for {', '.join(ignored)}; omit them")
+    if "flex" in options.variants and options.device == "cpu":
+        parser.error("the variant flex needs --device cuda: torch has no gradients of it on a CPU")
     if "varlen" in options.variants and (options.device, options.precision) != ("cuda", "bfloat16"):
         parser.error("the variant varlen needs --device cuda and --precision bfloat16")
     cases = build_cases(options)
