@@ -162,7 +162,7 @@ def memory_by_part(
     moments.append({"gradients": weights, "memories in flight": cost.memory_bytes()})  # at the end of the backward pass
     peak = max(moments, key=lambda moment: sum(moment.values()))
     optimizer = weights * sizes.optimizer_numbers
-    parts = {"weights": weights + cast, "optimizer state": optimizer, "memories held": held} | peak
+    parts = {"weights": weights + cast, "gradients": 0, "optimizer state": optimizer, "memories held": held} | peak
     return parts | ({OVERHEAD: CPU_OVERHEAD * sum(parts.values())} if device_type == "cpu" else {})
 
 

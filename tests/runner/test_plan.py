@@ -6,7 +6,8 @@ import pytest
 from forked_command import forked_command
 from tiny_config import COPY, config_options, tiny_config
 
-from expire_span.runner.commands.plan import make_plan
+from expire_span.runner.commands.plan import fit, make_plan
+from expire_span.runner.cost_model import DEVICES, run_sizes
 from expire_span.runner.run_folder.config_files import ConfigFiles
 from expire_span.runner.train import train
 
@@ -44,6 +45,15 @@ def test_more_kept_memories_take_more_memory_and_time():
     few, many = (make_plan(["size=paper", "task=enwik8", f"kept={kept}", "gpus=8"]).cases[1] for kept in (0.01, 0.1))
     assert sum(few.seconds.values()) < sum(many.seconds.values())
     assert few.memory["memories held"] < many.memory["memories held"]
+
+
+def test_a_micro_batch_of_the_config_is_kept_if_it_fits():
+    sizes = run_sizes(tiny_config(), 4, 4)  # 4 streams
+    sizes.config.train.micro_batch_size = 2
+    assert fit(sizes, "", 10, DEVICES["h100"], gpus=1).micro_batch_size == 2
+    sizes.config.train.micro_batch_size = 3
+    with pytest.raises(ValueError, match="train.micro_batch_size=3 must divide the 4 streams of each GPU"):
+        fit(sizes, "", 10, DEVICES["h100"], gpus=1)
 
 
 def test_the_present_device_is_measured():

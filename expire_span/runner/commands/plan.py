@@ -199,6 +199,7 @@ def fit(sizes: RunSizes, title: str, num_memories: float, device: Device, gpus: 
         new = changed(sizes, overrides)
         size = fitting_micro_batch(new, streams, num_memories, device.type, device.memory)
         if size is not None:
+            size = min(size, at_once(sizes, streams))
             break
     memory = memory_by_part(new, streams, size or 1, num_memories, device.type)
     offloaded = 0.0
@@ -206,6 +207,16 @@ def fit(sizes: RunSizes, title: str, num_memories: float, device: Device, gpus: 
         offloaded = step_cost(new, streams * gpus, num_memories, device.type).memory_bytes()
     seconds = seconds_per_update(new, streams, size or 1, num_memories, device, gpus)
     return Case(title, num_memories, size, overrides, memory, offloaded, seconds)
+
+
+def at_once(sizes: RunSizes, streams: int) -> int:
+    """Streams that the config would process at a time. Raises ValueError for a number that does not divide them."""
+    size = sizes.config.train.get("micro_batch_size")
+    if not isinstance(size, int):  # null or auto
+        return streams
+    if streams % size:
+        raise ValueError(f"train.micro_batch_size={size} must divide the {streams} streams of each GPU")
+    return size
 
 
 def heading(plan: Plan) -> list[str]:
@@ -264,11 +275,12 @@ def advice(plan: Plan) -> list[str]:
     batch_size = sizes.config.train.batch_size
     streams, lines = batch_size // plan.gpus, []
     for case in plan.cases:
-        whole = sum(memory_by_part(sizes, streams, streams, case.num_memories, device.type).values())
+        size = at_once(sizes, streams)
+        whole = sum(memory_by_part(sizes, streams, size, case.num_memories, device.type).values())
         if whole <= usable(device.memory):
             lines.append(f"{case.title}: fits as it is")
             continue
-        problem = f"{case.title}: {streams} streams at once need {short(whole / 1e9)} GB"
+        problem = f"{case.title}: {size} streams at once need {short(whole / 1e9)} GB"
         if case.micro_batch_size is None:
             lines.append(
                 f"{problem}, and one at a time does not fit either; lower memory.max_span or the sizes of transformer"
