@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,18 +65,29 @@ DEVICES = {
 
 
 def matmul_flops(device: torch.device, precision: str) -> float:
-    """Measure the operations per second of a large matrix product, the best of several."""
+    """Measure the operations per second of a large matrix product."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, precision)) for _ in range(2))
+    return 2 * size**3 / shortest_time(lambda: a @ b, device)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Measure the bytes per second that a large copy reads and writes."""
+    source, target = (torch.zeros(2**24, device=device) for _ in range(2))
+    return 2 * source.nbytes / shortest_time(lambda: target.copy_(source), device)
+
+
+def shortest_time(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds, the best of several calls."""
 
     def seconds() -> float:
         start = time.perf_counter()
-        a @ b
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    return 2 * size**3 / min(seconds() for _ in range(10))
+    return min(seconds() for _ in range(10))
 
 
 class RunSizes(NamedTuple):

@@ -24,7 +24,7 @@ EACH_TABLE = {name.partition("_")[0]: name for name in config_options("experimen
 @pytest.mark.parametrize("experiment", EACH_TABLE.values())
 def test_every_table_of_the_paper_has_a_plan_that_adds_up(experiment):
     text = str(make_plan([f"experiment={experiment}", "gpus=8"]))
-    assert text.startswith("Predictions of a cost model; no figure here is measured.")
+    assert text.startswith("Predictions of a cost model; no run was measured.")
     numbers = rows(text)
     parts = [cells for name, cells in numbers.items() if re.match("GB (?!in all|of the host)", name)]
     [total] = [cells for name, cells in numbers.items() if name.startswith("GB in all")]

@@ -27,6 +27,7 @@ from ..cost_model import (
     Device,
     RunSizes,
     blocks_without_targets,
+    copy_bandwidth,
     fitting_micro_batch,
     initial_memories,
     matmul_flops,
@@ -50,7 +51,7 @@ VOCABULARIES = {  # tasks whose data would have to be read: number of tokens, an
     "expire_span.tasks.text.Text": (256, "bytes; an assumption with task.tokenizer=char"),
     "expire_span.tasks.instruction.Instruction": (20_000, "an assumption: the words of the dialogues are not counted"),
 }
-CPU_EFFICIENCY = 0.55  # of a large matrix product, as results/bench/cpu.md has measured
+MEASURED_EFFICIENCY = 0.55  # of a large matrix product, as results/bench/cpu.md has measured
 REMEDIES: tuple[dict[str, bool], ...] = (  # tried in this order; each as overrides of the config
     {},
     {"train.offload_memory": True},
@@ -154,15 +155,14 @@ def read_device(name: str, config: DictConfig) -> Device:
 
 
 def this_device(config: DictConfig) -> Device:
-    """The device that a run would take here; its speed is measured, in a second."""
+    """The device that a run would take here; its speed is measured, in a second. Links are those of an H100."""
     device = select_device(config.run.device)
-    flops = {config.run.precision: matmul_flops(device, config.run.precision)}
+    flops, bandwidth = {config.run.precision: matmul_flops(device, config.run.precision)}, copy_bandwidth(device)
+    measured = replace(DEVICES["h100"], flops=flops, bandwidth=bandwidth, efficiency=MEASURED_EFFICIENCY)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return replace(DEVICES["h100"], name=properties.name, flops=flops, memory=properties.total_memory)
-    memory = free_memory()
-    name = f"this {device.type}"
-    return Device(name, flops, math.inf, memory, math.inf, math.inf, CPU_EFFICIENCY, type="cpu")
+        return replace(measured, name=properties.name, memory=properties.total_memory)
+    return replace(measured, name=f"this {device.type}", memory=free_memory(), type="cpu")
 
 
 def vocabulary(config: DictConfig) -> tuple[int, int, str]:
@@ -226,7 +226,7 @@ def heading(plan: Plan) -> list[str]:
     names = f"{task.rpartition('.')[2]}, {model.rpartition('.')[2]}"
     speed = f"{device.flops[precision] / 1e12:,.4g} TFLOP/s in {precision}"
     lines = [
-        "Predictions of a cost model; no figure here is measured.",
+        "Predictions of a cost model; no run was measured.",
         f"{names}: {plan.sizes.num_parameters:,} parameters; {plan.vocabulary}",
         f"{train.updates:,} updates of {train.batch_size} streams in blocks of {train.block_size}",
         f"{plan.gpus} x {device.name}, {train.batch_size // plan.gpus} streams each; of its {speed} "
