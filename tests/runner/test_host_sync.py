@@ -22,7 +22,8 @@ PACKAGE, TASKS = Path(expire_span.__file__).parent, Path(base.__file__).parent
 OPERATIONS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "equal", "bincount")
 METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
 # Here tensors are on the host, whatever the device: a batch before it is copied, and what random drop and dropout draw.
-HOST_FUNCTIONS = ("a task", "the CPU's attention", "check_tokens", "count_targets", "packed_span_attention")
+HOST_FUNCTIONS = ["a task", "the CPU's attention", "check_tokens", "count_targets", "Prediction.next_block"]
+HOST_FUNCTIONS += ["packed_span_attention"]
 
 
 def place() -> str:
