@@ -42,8 +42,8 @@ def resolve_auto(config: DictConfig, device: torch.device) -> None:
     if config.run.precision == "auto":
         config.run.precision = "bfloat16" if has_bfloat16 else "float32"
     if config.run.compile == "auto":
-        backend = select_backend(config.transformer.attention_backend, device.type, torch.float32)
-        config.run.compile = has_bfloat16 and backend == "triton"
+        backend = config.transformer.attention_backend
+        config.run.compile = has_bfloat16 and select_backend(backend, device.type, torch.float32) == "triton"
 
 
 def keep_freed_memory() -> None:
