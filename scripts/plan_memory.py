@@ -72,7 +72,7 @@ def measure(case: tuple[str, str, tuple[str, ...]]) -> dict[str, float]:
         warm_up = validate(compose("config", overrides=[*COMMON, *names, *WARM_UP]))
         train_step(Trainer(warm_up, Path(folder)))  # imports and loads what is imported and loaded on first use
         gc.collect()
-        resident_before = resident_bytes()
+        resident_before, others = resident_bytes(), live_bytes()
         trainer = Trainer(config, Path(folder))
         for _ in range(2 + 2 * trainer.model.max_reach() // config.train.block_size):
             train_step(trainer)
@@ -80,7 +80,7 @@ def measure(case: tuple[str, str, tuple[str, ...]]) -> dict[str, float]:
         reset_peak_memory(device)
         train_step(trainer)
         resident = peak_memory(device)["perf/peak_resident_gb"] * 1e9 - resident_before
-        before = sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in live()}.values())
+        before = live_bytes() - others
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             train_step(trainer)
         sizes = run_sizes(config, 256, 256)
@@ -92,8 +92,10 @@ def measure(case: tuple[str, str, tuple[str, ...]]) -> dict[str, float]:
     return {"predicted": sum(predicted.values()), "allocated": peak, "resident": resident, "held": held, **predicted}
 
 
-def live() -> list[torch.Tensor]:
-    return [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+def live_bytes() -> int:
+    """Bytes of all tensors that are alive, counting each storage once."""
+    tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
 def resident_bytes() -> int:
