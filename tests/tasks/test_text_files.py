@@ -364,3 +364,18 @@ def test_damaged_or_missing_tokens_are_refused_by_their_folder(tmp_path):
         damage(prepared / "tokens")
         with pytest.raises(ValueError, match=rf"{prepared} is damaged: delete it and run again"):
             Text(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char"])
+def test_a_text_whose_preparation_was_interrupted_is_prepared_anew(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "a.txt").write_text(CONTENT, encoding="utf-8")
+    expected = hashlib.sha256(CONTENT.encode("utf-8" if tokenizer == "byte" else "utf-32-le")).hexdigest()
+    with monkeypatch.context() as patch:
+        patch.setattr(text_module.json, "dumps", raise_interrupt)  # the tokens are written, and not yet what they are
+        with pytest.raises(KeyboardInterrupt):
+            Text(tmp_path / "a.txt", tokenizer=tokenizer)
+    assert Text(tmp_path / "a.txt", tokenizer=tokenizer).data_info["sha256"] == expected
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
