@@ -14,7 +14,7 @@ from .attention import soft_mask
 from .checks import check_integers, check_tokens
 from .kernels.dispatch import BACKENDS
 from .kernels.packed_layout import NEVER, sample_index
-from .memory.mechanism import Mechanism, memory_size, visible_distances
+from .memory.mechanism import Mechanism, accurate_sum, memory_size, visible_distances
 from .memory.packed import Memory, concatenate_parts, empty, from_dense, keep_rows, with_max_age
 from .memory_attention import MemoryAttention
 from .output_heads import AdaptiveSoftmax, LinearHead, without_autocast
@@ -160,7 +160,7 @@ class TransformerBlock(nn.Module):
             num_queries = batch_size * block_size
             is_new = (attended.time >= step)[:, None]  # (N, 1)
             metrics["memory_size"] = memory_size(span, self.mechanism.ramp, nearest, farthest, num_queries)
-            metrics["span"] = (span * is_new).sum(0).mean() / num_queries
+            metrics["span"] = accurate_sum(span * is_new).mean() / num_queries
         return hidden, attended, keep, metrics
 
     def num_positions(self, memory: Memory, pooled: Memory | None, block_size: int) -> int:
@@ -260,8 +260,19 @@ class Transformer(nn.Module):
         memories = [empty(batch_size, self.config.hidden_size, like=self.position) for _ in self.layers]
         return {"step": step, "layers": memories}
 
+    def sample_drop_limit(self, generator: torch.Generator | None = None) -> Tensor | None:
+        """Draw l ~ U(0, L) of random drop (section 4.2), (1, 1); None if no layer drops at random."""
+        if not self.max_random_span:
+            return None
+        return torch.randint(self.max_random_span + 1, (1, 1), generator=generator)
+
     def forward(
-        self, tokens: Tensor, state: State, reach: Tensor | None = None, span_cap: int | None = None
+        self,
+        tokens: Tensor,
+        state: State,
+        reach: Tensor | None = None,
+        span_cap: int | None = None,
+        drop_limit: Tensor | None = None,
     ) -> tuple[Tensor, State, dict[str, Any]]:
         """Process one block.
 
@@ -272,6 +283,8 @@ class Transformer(nn.Module):
                 episode).
             span_cap: Timesteps: longer spans are shortened to this, in evaluation (None: no limit). Shorter ones stay
                 as they are, where another max_span would rescale them.
+            drop_limit: (1, 1), the l of random drop in training, from `sample_drop_limit`, for all parts of a batch
+                (None: drawn here).
 
         Returns:
             The logits (B, T, num_classes), or with an adaptive softmax the hidden states (B, T, d), for `output_head`;
@@ -291,7 +304,7 @@ class Transformer(nn.Module):
         batch_size, block_size = hidden.shape[:2]
         episode_reach = reach
         if self.max_random_span and self.training:  # random drop, section 4.2
-            limit = torch.randint(self.max_random_span + 1, (1, 1))  # l, one for all samples and layers
+            limit = cast(Tensor, self.sample_drop_limit() if drop_limit is None else drop_limit)  # for all layers
             limit = limit.to(hidden.device, non_blocking=True)
             reach = limit.expand(batch_size, block_size) if reach is None else torch.minimum(reach, limit)
 
@@ -375,7 +388,8 @@ def aggregate_metrics(layer_metrics: list[dict[str, Tensor]], memories: list[Mem
     sizes = [metrics["memory_size"] for metrics in layer_metrics]
     batch_size = len(memories[0].offsets) - 1
     held = [len(memory.time) / batch_size for memory in memories]
-    num_bytes = sum(tensor.numel() * tensor.element_size() for memory in memories for tensor in memory[:4])
+    tensors = [tensor for memory in memories for tensor in (*memory[:3], memory.offsets[1:])]
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return {
         "span_loss": torch.stack([metrics["span_loss"] for metrics in layer_metrics]).sum(),
         "memory/size": torch.stack(sizes).mean(),

@@ -24,6 +24,7 @@ import torch
 from hydra import compose, initialize_config_module
 from torch.profiler import ProfilerActivity, profile
 
+from expire_span.memory import Memory
 from expire_span.runner.config.schema import validate
 from expire_span.runner.cost_model import OVERHEAD, initial_memories, memory_by_part, run_sizes
 from expire_span.runner.logging.performance import peak_memory, reset_peak_memory
@@ -85,7 +86,8 @@ def measure(case: tuple[str, str, tuple[str, ...]]) -> dict[str, float]:
             train_step(trainer)
         sizes = run_sizes(config, 256, 256)
         streams = config.train.batch_size
-        held = sum(len(memory.time) for memory in trainer.state["layers"]) / config.transformer.num_layers / streams
+        layers: list[Memory] = trainer.states[0]["layers"]
+        held = sum(len(memory.time) for memory in layers) / config.transformer.num_layers / streams
         micro_batch = config.train.get("micro_batch_size") or streams
         predicted = memory_by_part(sizes, streams, micro_batch, initial_memories(sizes.mechanism), "cpu")
     peak = before + peak_of(profiler)

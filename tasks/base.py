@@ -125,7 +125,13 @@ class Envs(Protocol):
         """Take actions (B,) int64; return rewards (B,) float32 and done (B,) bool."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on.
+
+        "per_env" is a dictionary of tensors (B, ...): each environment's own state. The rest, such as the state of a
+        random number generator, is the same in all processes.
+        """
+        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -141,10 +147,20 @@ class RLTask(TaskDefaults, ABC):
     progress_metric: str  # the key of Envs.episode_info whose mean `update_curriculum` receives
 
     @abstractmethod
-    def make_envs(self, num_envs: int, device: torch.device | str = "cpu", seed: int = 0, split: str = "train") -> Envs:
+    def make_envs(
+        self,
+        num_envs: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        split: str = "train",
+        first: int = 0,
+        total: int | None = None,
+    ) -> Envs:
         """Return `num_envs` environments at the start of their first episodes.
 
         Args:
             seed: Number that distinguishes several sets of environments of one split within a run.
             split: One of SPLITS: "train" follows the curriculum; "valid" and "test" are at full difficulty.
+            first, total: Given where several processes share `total` environments: these are the ones from number
+                `first` on, and must behave as they do in a process that has all.
         """

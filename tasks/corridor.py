@@ -14,7 +14,7 @@ which side a door is on, and the maximum number of steps are our choice.
 import torch
 from torch import Tensor
 
-from .gridworld import BLUE, RED, Gridworld, GridworldEnvs, agent_view
+from .gridworld import BLUE, RED, Draws, Gridworld, GridworldEnvs, agent_view
 
 
 class Corridor(Gridworld):
@@ -85,8 +85,8 @@ class Corridor(Gridworld):
         self.max_episode_steps, self.curriculum_growth = max_episode_steps, curriculum_growth
         self.initial_max_length, self.eval_max_length = initial_max_length, eval_max_length
 
-    def create_envs(self, num_envs: int, generator: torch.Generator, train: bool) -> GridworldEnvs:
-        return CorridorEnvs(self, num_envs, generator, train)
+    def create_envs(self, draws: Draws, train: bool) -> GridworldEnvs:
+        return CorridorEnvs(self, draws, train)
 
     def next_stage(self) -> int:
         return max(self.curriculum_stage + 1, int(self.curriculum_stage * self.curriculum_growth))
@@ -101,8 +101,8 @@ class CorridorEnvs(GridworldEnvs):
 
     task: Corridor
 
-    def __init__(self, task: Corridor, num_envs: int, generator: torch.Generator, train: bool):
-        super().__init__(task, num_envs, generator, train)
+    def __init__(self, task: Corridor, draws: Draws, train: bool):
+        super().__init__(task, draws, train)
         # All views there are: the agent sees how far each end is up to two cells, and the colors at the ends.
         ends = [(left, right) for left in range(3) for right in range(3)]
         colors = [(object_color, upper_color) for object_color in (RED, BLUE) for upper_color in (RED, BLUE)]
@@ -115,8 +115,8 @@ class CorridorEnvs(GridworldEnvs):
         self.shift_of = torch.tensor([0, 1, 0, -1], device=self.device)  # cells, by action: up, right, down, left
 
     def sample_episodes(self) -> dict[str, Tensor]:
-        length = self.random_integers(self.task.min_length, self.stage)
-        colors = self.random_integers(0, 3 if self.task.random_door_sides else 1)
+        length = self.draws.integers(self.task.min_length, self.stage)
+        colors = self.draws.integers(0, 3 if self.task.random_door_sides else 1)
         fixed = self.task.max_episode_steps
         return {
             "length": length,

@@ -69,16 +69,23 @@ class Gridworld(RLTask):
         self.intervals = 0  # calls of update_curriculum at this stage
 
     def make_envs(
-        self, num_envs: int, device: torch.device | str = "cpu", seed: int = 0, split: str = "train"
+        self,
+        num_envs: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        split: str = "train",
+        first: int = 0,
+        total: int | None = None,
     ) -> "GridworldEnvs":
         if num_envs < 1:
             raise ValueError(f"there must be at least 1 environment, got {num_envs}")
         mixed = np.random.SeedSequence([self.seed, SPLITS.index(split), seed]).generate_state(1, np.uint64)
-        return self.create_envs(num_envs, torch.Generator(device).manual_seed(int(mixed[0])), split == "train")
+        draws = Draws(torch.Generator(device).manual_seed(int(mixed[0])), first, num_envs, total or num_envs)
+        return self.create_envs(draws, split == "train")
 
     @abstractmethod
-    def create_envs(self, num_envs: int, generator: torch.Generator, train: bool) -> "GridworldEnvs":
-        """Return environments that draw from `generator`, on its device."""
+    def create_envs(self, draws: "Draws", train: bool) -> "GridworldEnvs":
+        """Return environments that draw their episodes from `draws`, on its device."""
 
     @abstractmethod
     def next_stage(self) -> int:
@@ -99,6 +106,24 @@ class Gridworld(RLTask):
         self.curriculum_stage, self.intervals = state["curriculum_stage"], state["intervals"]
 
 
+class Draws:
+    """Random numbers for `num_envs` environments of `total`, which are drawn together so that all see the same.
+
+    Args:
+        generator: of the random numbers, and their device.
+        first: number of the first of these environments.
+    """
+
+    def __init__(self, generator: torch.Generator, first: int, num_envs: int, total: int):
+        self.generator, self.num_envs, self.total = generator, num_envs, total
+        self.rows = slice(first, first + num_envs)
+
+    def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Uniform integers from low to high, both included: (B, *shape)."""
+        size, device = (self.total, *shape), self.generator.device
+        return torch.randint(low, high + 1, size, generator=self.generator, device=device, dtype=dtype)[self.rows]
+
+
 class GridworldEnvs(ABC):
     """B episodes in parallel; one that ends is followed by a new one at once.
 
@@ -110,11 +135,11 @@ class GridworldEnvs(ABC):
             episode_return, episode_length (timesteps), truncated (ended by max_episode_steps alone) ...
     """
 
-    def __init__(self, task: Gridworld, num_envs: int, generator: torch.Generator, train: bool):
-        self.task, self.num_envs, self.generator, self.train = task, num_envs, generator, train
-        self.device = generator.device
+    def __init__(self, task: Gridworld, draws: Draws, train: bool):
+        self.task, self.draws, self.num_envs, self.train = task, draws, draws.num_envs, train
+        self.device = draws.generator.device
         self.last_action_words = torch.eye(task.num_actions + 1, device=self.device)[:, 1:]  # (5, 4): row 0 is none yet
-        self.zeros = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
+        self.zeros = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         self.episode_info: dict[str, Tensor] = {}
         self.episode = SimpleNamespace(**self.initial_episodes())
 
@@ -127,11 +152,6 @@ class GridworldEnvs(ABC):
     def stage(self) -> int:
         """The size of the episodes that begin from now on."""
         return self.task.curriculum_stage if self.train else self.task.eval_stage
-
-    def random_integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        """Uniform integers from low to high, both included: (B, *shape)."""
-        size = (self.num_envs, *shape)
-        return torch.randint(low, high + 1, size, generator=self.generator, device=self.device, dtype=dtype)
 
     @abstractmethod
     def sample_episodes(self) -> dict[str, Tensor]:
@@ -205,15 +225,15 @@ class GridworldEnvs(ABC):
         return {**counters, **self.sample_episodes()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state(), "episode": dict(vars(self.episode))}
+        return {"generator": self.draws.generator.get_state(), "per_env": dict(vars(self.episode))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        saved = len(state["episode"]["steps"])
+        saved = len(state["per_env"]["steps"])
         if saved != self.num_envs:
             limits = f"{saved} environments as in the checkpoint, got {self.num_envs}"
             raise ValueError(f"train.batch_size must be {limits}")
-        self.generator.set_state(state["generator"].cpu())
-        self.episode = SimpleNamespace(**{name: value.to(self.device) for name, value in state["episode"].items()})
+        self.draws.generator.set_state(state["generator"].cpu())
+        self.episode = SimpleNamespace(**{name: value.to(self.device) for name, value in state["per_env"].items()})
 
     def render(self, env: int = 0, width: int = 78) -> str:
         """Draw one environment as text, at most `width` columns of it around the agent."""

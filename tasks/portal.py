@@ -18,7 +18,7 @@ Where the doors and the start are, how many colors there are, and that the rewar
 import torch
 from torch import Tensor
 
-from .gridworld import Gridworld, GridworldEnvs, agent_view
+from .gridworld import Draws, Gridworld, GridworldEnvs, agent_view
 
 LEFT_SIDE, RIGHT_SIDE = range(2)
 # A room is one int8: the side of the door that leads on, plus 2 x the side of the red door, plus MISTAKE x mistakes.
@@ -91,8 +91,8 @@ class Portal(Gridworld):
         self.max_episode_steps, self.initial_num_rooms = max_episode_steps, initial_num_rooms
         self.center = room_size * room_size // 2  # cells are numbered row by row
 
-    def create_envs(self, num_envs: int, generator: torch.Generator, train: bool) -> GridworldEnvs:
-        return PortalEnvs(self, num_envs, generator, train)
+    def create_envs(self, draws: Draws, train: bool) -> GridworldEnvs:
+        return PortalEnvs(self, draws, train)
 
     def next_stage(self) -> int:
         return self.curriculum_stage + 1
@@ -107,8 +107,8 @@ class PortalEnvs(GridworldEnvs):
 
     task: Portal
 
-    def __init__(self, task: Portal, num_envs: int, generator: torch.Generator, train: bool):
-        super().__init__(task, num_envs, generator, train)
+    def __init__(self, task: Portal, draws: Draws, train: bool):
+        super().__init__(task, draws, train)
         size = self.task.room_size
         middle = size // 2
         next_cell, door_side = [], []
@@ -138,7 +138,7 @@ class PortalEnvs(GridworldEnvs):
             "furthest_room": self.zeros,
             "last_room": torch.full_like(self.zeros, self.stage - 1),
             "max_episode_steps": torch.full_like(self.zeros, self.task.max_episode_steps),
-            "rooms": self.random_integers(0, MISTAKE - 1, self.task.num_rooms, dtype=torch.int8),
+            "rooms": self.draws.integers(0, MISTAKE - 1, self.task.num_rooms, dtype=torch.int8),
         }
 
     def current_room(self) -> Tensor:

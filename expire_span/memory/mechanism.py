@@ -152,4 +152,9 @@ def memory_size(span: Tensor, ramp: float, nearest: Tensor, farthest: Tensor, nu
         A scalar.
     """
     last = torch.minimum((span + ramp).ceil() - 1, farthest[:, None].to(span.dtype))  # (N, H or 1)
-    return (last - nearest[:, None] + 1).clamp(min=0).sum(0).mean() / num_queries
+    return accurate_sum((last - nearest[:, None] + 1).clamp(min=0)).mean() / num_queries
+
+
+def accurate_sum(values: Tensor) -> Tensor:
+    """Sum (N, ...) over its rows, in float64 where the device has it: they may be billions."""
+    return values.sum(0, dtype=torch.float32 if values.device.type == "mps" else torch.float64)

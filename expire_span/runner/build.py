@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..kernels.dispatch import select_backend
 from ..transformer import Transformer, TransformerConfig
+from .ranks import world_size
 
 
 def setup_runtime(config: DictConfig) -> torch.device:
@@ -63,6 +64,11 @@ def select_device(name: str) -> torch.device:
     available = [kind for kind, yes in is_available.items() if yes]
     if name == "auto":
         name = available[0]
+    if name == "cuda" and world_size() > 1:
+        name, num_gpus = f"cuda:{os.environ.get('LOCAL_RANK', 0)}", torch.cuda.device_count()
+        if int(name.split(":")[1]) >= num_gpus:
+            raise ValueError(f"there are {num_gpus} GPUs for more processes than these; start one process for each GPU")
+        torch.cuda.set_device(name)
     if name.split(":")[0] not in available:
         raise ValueError(f"run.device={name} is not available here; use one of {', '.join(available)}, or auto")
     try:

@@ -4,13 +4,14 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import hydra
+import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
@@ -20,6 +21,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from . import ranks
 from .config.former_names import check_current_names
 from .config.overrides import (
     GROUPS,
@@ -44,6 +46,7 @@ from .run_folder import checkpoint
 from .run_folder.config_files import ConfigFiles, load_config, load_config_files, merge_overrides
 from .run_folder.files import lock
 from .run_folder.identity import CHANGED_BY_EVALUATION, MAY_CHANGE_IN_RESUME, changes
+from .run_folder.provenance import provenance, versions
 from .stop_signals import Stopped, ignore_further_signals, stop_signals
 from .train import train
 
@@ -56,6 +59,8 @@ def main() -> None:
     sys.argv[0] = "expire-span"  # as Hydra's usage names it, also for `python -m expire_span`
     os.environ.setdefault("LOGNAME", str(os.getuid()))  # of a user without an entry, whose name torch.compile asks for
     keep_running_without_output()
+    if ranks.is_launched() and os.environ["RANK"] != "0":
+        logging.disable(logging.WARNING)  # rank 0 says it
     with stop_signals():
         run_command()
 
@@ -67,13 +72,17 @@ def run_command() -> None:
         sys.path.append(str(Path(__file__).parents[1] / "plugins"))  # the launchers of sweeps, which Hydra looks for
         Plugins.instance().register(InstalledConfigs)
         check_current_names(sys.argv[1:])
+        ranks.connect()
         sys.argv[1:] = hydra_arguments(sys.argv[1:])
         check_flags(sys.argv[1:])
+        if not ranks.is_main():  # their folder is that of rank 0, whose name may hold the time
+            sys.argv.insert(1, f"hydra.run.dir={quote(ranks.broadcast(None))}")
         hydra_main()
     except Stopped as stop:
         ignore_further_signals()
-        with suppress(OSError):  # of a terminal that was closed
-            print(stop.message, file=sys.stderr)
+        if ranks.is_main():
+            with suppress(OSError):  # of a terminal that was closed
+                print(stop.message, file=sys.stderr)
         raise
     except Exception as error:
         exit_with_message(error)
@@ -133,6 +142,8 @@ def check_arguments(parsed: Mapping[str, Override], flags: list[str], is_sweep: 
             raise ValueError(
                 f"{action}=RUN uses the run's own config, which --cfg cannot show: see {run}/.hydra/config.yaml"
             )
+    if is_sweep and ranks.world_size() > 1:
+        raise ValueError("a sweep starts the processes of its jobs itself: run it without torchrun")
     if len(actions) > 1 or ("resume" in parsed and is_sweep):
         raise ValueError("resume=RUN resumes a single run; omit -m and evaluate=RUN")
     for key, override in parsed.items():
@@ -173,7 +184,7 @@ def hydra_main(config: DictConfig) -> None:
         if not isinstance(root_cause(error), USER_ERRORS) or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         sys.exit(1)
-    for name, value in metrics.items():
+    for name, value in metrics.items() if ranks.is_main() else ():
         print(f"{name:40} {value:.5g}")
 
 
@@ -181,6 +192,8 @@ def run_job(config: DictConfig) -> Metrics:
     """Train, resume or evaluate in the folder that Hydra has made for this job; returns the final metrics."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    if ranks.is_main():
+        ranks.broadcast(str(folder.absolute()))  # to the others, see `run_command`
     # As they were typed: the summary must not tell what ${oc.env:KEY} stands for.
     overrides = cast(list[str], OmegaConf.to_container(hydra_config.overrides.task, resolve=False))
     if config.evaluate is not None:
@@ -193,7 +206,7 @@ def run_job(config: DictConfig) -> Metrics:
         config.wandb.group = folder.parent.name[:MAX_NAME_LENGTH]
     hydra_node: Any = OmegaConf.to_container(hydra_config, resolve=False, enum_to_str=True)
     files = ConfigFiles(config, hydra_node, overrides)
-    with lock(folder):
+    with lock_by_main(folder, config):
         # the command of this job alone, also in a sweep
         return train(config, folder, ["expire-span", *overrides], config_sources(files), files.texts())
 
@@ -205,7 +218,7 @@ def resume_job(folder: Path, overrides: list[str]) -> Metrics:
     config = validate(files.config)
     overrides = merge_overrides(files.overrides, overrides)
     files = ConfigFiles(config, files.hydra, overrides)
-    with lock(folder):
+    with lock_by_main(folder, config):
         command = ["expire-span", *overrides]
         return train(config, folder, command, config_sources(files), files.texts(), MAY_CHANGE_IN_RESUME)
 
@@ -228,8 +241,20 @@ def evaluate_job(run_folder: Path, folder: Path, overrides: list[str]) -> Metric
         )
         if not is_below(key, ("evaluate", "wandb"))
     }
-    with lock(folder):
+    with lock_by_main(folder, config):
         return evaluate_run(config, run_folder, folder, ["expire-span", *overrides], extras, files.texts())
+
+
+@contextmanager
+def lock_by_main(folder: Path, config: DictConfig) -> Iterator[None]:
+    """Lock a run folder by rank 0, and check that all ranks see it, and have the same config and code."""
+    with lock(folder) if ranks.is_main() else nullcontext():
+        if ranks.world_size() > 1:
+            code = provenance()["commit"] or versions().get("expire-span")
+            ranks.check_same({"config": OmegaConf.to_yaml(config), "code": code, "torch": torch.__version__})
+            if not all(ranks.gather((folder / ".lock").exists())):
+                raise ValueError(f"{folder} is not one folder for all processes; choose one that all machines share")
+        yield
 
 
 def check_recipe(overrides: list[str]) -> None:

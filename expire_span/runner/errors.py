@@ -12,6 +12,8 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .ranks import is_reporter
+
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # as the user has set it
 USER_ERRORS = (ValueError, OSError, MemoryError, HydraException, OmegaConfBaseException)
 
@@ -32,9 +34,9 @@ class OutOfMemory(MemoryError):
         reason = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
         text = reason[0] if reason else one_line(error)[:100]
         super().__init__(
-            f"out of memory ({text}); lower train.batch_size, train.block_size, memory.max_span or the sizes of "
-            "transformer in a new run, or set transformer.activation_checkpointing=true or a smaller eval.batch_size"
-            + (saved and f"; {saved}")
+            f"out of memory ({text}); set a smaller train.micro_batch_size, train.offload_memory=true or "
+            "transformer.activation_checkpointing=true, which change no result, or lower train.batch_size, "
+            "train.block_size, memory.max_span or the sizes of transformer in a new run" + (saved and f"; {saved}")
         )
 
 
@@ -53,6 +55,8 @@ def one_line(error: Exception) -> str:
 def exit_with_message(error: Exception) -> NoReturn:
     """Print user errors as one line and exit with code 1; let unexpected exceptions show their traceback."""
     error = root_cause(error)
+    if not is_reporter(one_line(error)):
+        sys.exit(1)
     if SHOW_TRACEBACK or not isinstance(error, USER_ERRORS):
         raise error
     if isinstance(error, BrokenPipeError):  # the reader, such as head, has closed the pipe

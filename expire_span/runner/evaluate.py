@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from . import ranks
 from .load_run import load_run
 from .logging.metrics import Metrics
 from .logging.performance import peak_memory, reset_peak_memory
@@ -34,15 +35,18 @@ def evaluate_run(
         config_files: texts by their paths in the folder, written with the results: an evaluation that fails leaves
             nothing that looks like a run.
     """
-    run = load_run(run_folder, config)
+    ranks.set_timeout(config.run.rank_timeout)
+    with ranks.failing_together():
+        run = load_run(run_folder, config)
     reset_peak_memory(run.device)
     metrics: Metrics = {}
     for split in config.eval.splits:
         metrics |= objective_class(run.task).evaluate(run.model, run.task, split, config, run.device)
     metrics |= peak_memory(run.device)
-    write_texts(folder, config_files or {})
-    append_metrics(folder / "metrics.jsonl", {"update": run.update, **metrics})
     origin = {**provenance(command), **(summary_extras or {})}
     summary = run_summary(config, run.task, run.model, run.device, run.update, run.blocks, metrics)
-    write_summary(folder, summary | origin)
+    if ranks.is_main():
+        write_texts(folder, config_files or {})
+        append_metrics(folder / "metrics.jsonl", {"update": run.update, **metrics})
+        write_summary(folder, summary | origin)
     return metrics

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from . import ranks
 from .errors import OutOfMemory, is_out_of_memory
 from .logging.metrics import Metrics
 from .logging.performance import peak_memory, reset_peak_memory
@@ -62,39 +63,48 @@ def train(
         the final metrics.
     """
     with stop_signals() as stop, say_how_to_go_on(folder):
-        trainer = Trainer(config, folder)
-        resumed = trainer.load_checkpoint(changeable)
-        write_texts(folder, config_files)
+        ranks.set_timeout(config.run.rank_timeout)
+        with ranks.failing_together():
+            trainer = Trainer(config, folder)
+        with ranks.failing_together():
+            resumed = trainer.load_checkpoint(changeable)
+        if ranks.is_main():
+            write_texts(folder, config_files)
+            write_diff(folder)
+            write_vocab(folder, trainer.task)
+            truncate_metrics(folder / "metrics.jsonl", trainer.update, config.train.updates)
         origin = {**provenance(command), **summary_extras}
-        write_diff(folder)
-        write_vocab(folder, trainer.task)
-        truncate_metrics(folder / "metrics.jsonl", trainer.update, config.train.updates)
         reset_peak_memory(trainer.device)
         num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         log.info(
             f"{'resuming' if resumed else 'training'} in {folder}: {num_parameters:,} parameters, on {trainer.device}, "
             f"updates {trainer.update} to {config.train.updates}"
         )
-        with metric_logger(trainer) as log_metrics:
-            with stop.deferred(), profiler(config.run.profile, folder, trainer.device) as next_update:
-                while trainer.update < config.train.updates and stop.number is None:
-                    step_log_and_save(trainer, log_metrics, stop)
+        with metric_logger(trainer) as log_metrics, trainer.writing_checkpoints():
+            profiled = config.run.profile and ranks.is_main()
+            with stop.deferred(), profiler(profiled, folder, trainer.device) as next_update:
+                is_stopped = False
+                while trainer.update < config.train.updates and not is_stopped:
+                    is_stopped = step_log_and_save(trainer, log_metrics, stop)
                     next_update()
+                trainer.finish_checkpoint()
+                stop.number = agreed_signal(stop)
             metrics = training_costs(folder)
             for split in config.eval.splits:
                 metrics |= evaluate(trainer, split)
             log_metrics(metrics)
         task, model, objective = trainer.task, trainer.model, trainer.objective
         summary = run_summary(config, task, model, trainer.device, trainer.update, objective.blocks, metrics)
-        write_summary(folder, summary | origin | {"changes": trainer.changes})
+        if ranks.is_main():
+            write_summary(folder, summary | origin | {"changes": trainer.changes})
     return metrics
 
 
-def step_log_and_save(trainer: Trainer, log_metrics: Callable[[Metrics], None], stop: StopHandler) -> None:
-    """One update, and what is due after it."""
+def step_log_and_save(trainer: Trainer, log_metrics: Callable[[Metrics], None], stop: StopHandler) -> bool:
+    """One update, and what is due after it. Returns whether a signal has stopped the training."""
     config = trainer.config
-    with explain_divergence(trainer):
-        train_step(trainer)
+    train_step(trainer)
+    is_stopped = agreed_signal(stop) is not None
     is_last = trainer.update == config.train.updates
     if is_last or trainer.update % config.run.log_every == 0:
         log_metrics(interval_metrics(trainer))
@@ -103,28 +113,38 @@ def step_log_and_save(trainer: Trainer, log_metrics: Callable[[Metrics], None], 
         metrics = evaluate(trainer, "valid")
         log_metrics(metrics)
         trainer.save_if_best(metrics)
-    if is_last or stop.number is not None or trainer.update % config.run.checkpoint_every == 0:
-        trainer.save_checkpoint()
+    if is_last or is_stopped or trainer.update % config.run.checkpoint_every == 0:
+        trainer.start_checkpoint()
+    return is_stopped
+
+
+def agreed_signal(stop: StopHandler) -> int | None:
+    """The number of a signal that any rank has received, so that all of them stop after the same update."""
+    return int(ranks.max_numbers([stop.number or 0])[0]) or None
 
 
 def train_step(trainer: Trainer) -> None:
-    """One update of the weights, from `train.grad_accumulation` blocks."""
-    config, model, optimizer = trainer.config, trainer.model, trainer.optimizer
+    """One update of the weights, from `train.grad_accumulation` blocks, each in micro-batches of the streams."""
+    config, model, optimizer, objective = trainer.config, trainer.model, trainer.optimizer, trainer.objective
     start = trainer.timer.now()
     model.train()
     set_lr(optimizer, lr_multiplier(trainer.update, config.train.updates, config.lr_schedule))
     span_loss_scale = alpha_multiplier(trainer.update, config.alpha_schedule)
     progress = trainer.update / config.train.updates
     for _ in range(config.train.grad_accumulation):
-        loss, trainer.state = trainer.objective.loss(trainer.forward, trainer.state, span_loss_scale, progress)
-        (loss / config.train.grad_accumulation).backward()
+        block = objective.next_block(trainer.forward, trainer.states)
+        for index in range(len(trainer.states)):
+            loss = objective.loss(trainer.forward, block, trainer.states, index, span_loss_scale, progress)
+            (loss / config.train.grad_accumulation).backward()
+    ranks.sum_gradients(model.parameters())
     grad_norm = clip_grad_norm_(model.parameters(), config.train.grad_clip or math.inf)
-    trainer.averager.add({"train/grad_norm": grad_norm, "train/lr": optimizer.param_groups[0]["lr"]})
+    averaged = {"train/grad_norm": grad_norm, "train/lr": optimizer.param_groups[0]["lr"]}
+    trainer.averager.add_share(averaged, 1 / ranks.world_size())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     trainer.update += 1
     if trainer.update % config.train.curriculum_interval == 0:
-        trainer.objective.advance_curriculum()
+        objective.advance_curriculum()
     trainer.timer.add("update", start)
 
 
@@ -139,21 +159,7 @@ def interval_metrics(trainer: Trainer) -> Metrics:
 
 def evaluate(trainer: Trainer, split: str) -> Metrics:
     """The metrics of one split under the current weights."""
-    with explain_divergence(trainer):
-        return trainer.objective.evaluate(trainer.forward, trainer.task, split, trainer.config, trainer.device)
-
-
-@contextmanager
-def explain_divergence(trainer: Trainer) -> Iterator[None]:
-    """Let the failure to sample an action say that the training has diverged."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):  # the message of torch.multinomial
-            raise
-        trainer.check_finite()
-        problem = f"no action can be sampled with the weights after update {trainer.update}"
-        raise trainer.diverged(problem, last_good_update=trainer.update - 1) from None
+    return trainer.objective.evaluate(trainer.forward, trainer.task, split, trainer.config, trainer.device)
 
 
 def training_costs(folder: Path) -> Metrics:
@@ -162,6 +168,8 @@ def training_costs(folder: Path) -> Metrics:
     Times are medians over the second half of the logging intervals, when a curriculum has ended and nothing is
     compiled any more; memory is the largest peak.
     """
+    if not ranks.is_main():
+        return {}
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row]
     metrics = {}
     for name in sorted({name for row in rows for name in row if name.startswith("perf/")}):
@@ -174,6 +182,9 @@ def training_costs(folder: Path) -> Metrics:
 @contextmanager
 def metric_logger(trainer: Trainer) -> Iterator[Callable[[Metrics], None]]:
     """Yield a function that logs a row of metrics: to metrics.jsonl first, then to W&B, then to the terminal."""
+    if not ranks.is_main():
+        yield lambda metrics: None
+        return
     config, folder = trainer.config, trainer.folder
     shown = ("memory/size", "test/memory/size", "perf/ms_per_batch")
     disable = None if config.run.progress_bar else True  # None: only where there is no terminal
@@ -204,8 +215,8 @@ def say_how_to_go_on(folder: Path) -> Iterator[None]:
         yield
     except Stopped as stop:
         raise Stopped(stop.number, f"stopped; {checkpoint.how_to_go_on(folder)}") from None
-    except WriteError as error:
-        raise WriteError(f"{error}; {checkpoint.how_to_go_on(folder)}") from None
+    except (WriteError, ranks.RankLostError) as error:
+        raise type(error)(f"{error}; {checkpoint.how_to_go_on(folder)}") from None
     except Exception as error:
         if not is_out_of_memory(error):
             raise

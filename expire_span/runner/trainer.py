@@ -4,7 +4,9 @@ import json
 import logging
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,18 @@ from torch import Tensor
 
 from expire_span.tasks.base import LOWER_IS_BETTER, RLTask, Task
 
-from ..memory import Memory
 from ..memory.packed import with_max_age
+from . import ranks
 from .build import build_model, build_optimizer, setup_runtime
 from .logging.answer_metrics import check_metrics
 from .logging.metrics import MetricAverager, Metrics
 from .logging.performance import StepTimer
+from .micro_batches import moved, resolve_auto, training_states
 from .objectives import objective_class
 from .run_folder import checkpoint, weights
 from .run_folder.files import check_same_vocab
 from .run_folder.identity import MAY_CHANGE, changes, check_same_data, check_same_run
+from .run_folder.stream_states import check_memories, memories_of, select_memories, select_rows
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +52,31 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.model)
         self.averager, self.timer = MetricAverager(), StepTimer(self.device)
         self.objective = objective_class(self.task)(self.task, config, self.device, self.averager, self.timer)
-        self.state = self.model.initial_state(config.train.batch_size)
+        self.streams = ranks.own_streams(config.train.batch_size, "train.batch_size")
+        resolve_auto(config, self.task, self.device, self.streams.stop - self.streams.start)
+        self.states = training_states(self.model, config, self.streams.stop - self.streams.start)
         self.update = 0  # updates done
         self.run_id = uuid.uuid4().hex[:8]  # of the W&B run
         self.changes: list[dict[str, Any]] = []  # of the config, since the run began
+        self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None  # of the checkpoint of saved_update
+        self.saved_update = 0
+        if ranks.rank():  # rank 0 goes on with the random numbers that drew the weights
+            self.seed_dropout()
+
+    def seed_dropout(self) -> None:
+        """Let each rank drop out other units."""
+        torch.manual_seed(hash((self.config.seed, self.update, ranks.rank())) % 2**63)
 
     def save_checkpoint(self) -> None:
         """Save everything, and the weights once more as safetensors, after `check_finite`."""
+        self.start_checkpoint()
+        self.finish_checkpoint()
+
+    def start_checkpoint(self) -> None:
+        """As `save_checkpoint`, but the files are written in the background, see `finish_checkpoint`."""
         self.check_finite()
-        weights.save(self.folder / weights.FILES["last"], self.current_weights())
+        self.finish_checkpoint()
         content = {
             "format": checkpoint.FORMAT,
             "update": self.update,
@@ -68,13 +88,50 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(),
             "task": self.task.state_dict(),
-            "step": self.state["step"],
-            "layers": [tuple(memory[:4]) for memory in self.state["layers"]],
+            "step": self.states[0]["step"],
             "metrics": self.averager.values(),
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "num_ranks": ranks.world_size(),
         }
-        checkpoint.save(self.folder, content, self.config.run.keep_checkpoints)
+        streams: dict[str, Any] = {
+            "format": checkpoint.FORMAT,
+            "first": self.streams.start,
+            "objective": self.objective.streams_state_dict(),
+            "memories": [],
+            "rng": torch.get_rng_state(),
+            "rng_cuda": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
+        }
+        if self.config.run.checkpoint_memories:
+            streams["memories"] = memories_of(self.states.wait(), self.states.rows, self.streams.start)
+        content, streams = on_host(content, copy=True), on_host(streams)  # what belongs to streams is never changed
+        self.saved_update = self.update
+        self.writing = self.writer.submit(self.write_checkpoint, content, streams, self.current_weights())
+
+    def write_checkpoint(self, content: dict[str, Any], streams: dict[str, Any], weights_now: weights.Weights) -> None:
+        if ranks.is_main():
+            weights.save(self.folder / weights.FILES["last"], weights_now._replace(tensors=content["model"]))
+        checkpoint.save(self.folder, content, streams)
+
+    @contextmanager
+    def writing_checkpoints(self) -> Iterator[None]:
+        """Let whatever ends the training wait for the checkpoint that is being written."""
+        try:
+            yield
+        finally:
+            self.writer.shutdown()
+
+    def finish_checkpoint(self) -> None:
+        """Wait until the last checkpoint is written, by all ranks, and remove those that it replaces.
+
+        Raises OSError if it could not be written.
+        """
+        if self.writing is None:
+            return
+        writing, self.writing = self.writing, None
+        with ranks.failing_together():
+            writing.result()
+        if ranks.is_main():
+            checkpoint.prune(self.folder, self.saved_update, self.config.run.keep_checkpoints)
+        ranks.wait_for_all()  # before the next one is begun
 
     def current_weights(self, value: float | None = None) -> weights.Weights:
         task, data = OmegaConf.to_container(self.config.task, resolve=True), plain(self.task.data_info)
@@ -82,6 +139,8 @@ class Trainer:
 
     def save_if_best(self, metrics: Metrics) -> None:
         """Keep these weights if the task's metric on the validation split is better than ever before in this folder."""
+        if not ranks.is_main():
+            return
         path, metric = self.folder / weights.FILES["best"], self.task.metric
         value = metrics.get(f"valid/{metric}", metrics.get(f"valid/rl/{metric}", math.nan))
         try:
@@ -103,7 +162,7 @@ class Trainer:
         Raises:
             ValueError: where that would lose or contradict what the folder holds.
         """
-        content = checkpoint.load(self.folder)
+        content = checkpoint.load(self.folder, self.streams)
         if content is None:
             if (self.folder / "summary.json").exists():
                 raise ValueError(f"{self.folder} holds a run's results but no checkpoint; use another hydra.run.dir")
@@ -116,33 +175,46 @@ class Trainer:
         check_same_data(self.folder, content["data"], plain(self.task.data_info))
         check_same_vocab(self.folder, self.task)
         load_weights(self.model, content["model"], self.folder)
-        layers = [load_memory(tensors, self.config.transformer.hidden_size) for tensors in content["layers"]]
-        if [len(layer.offsets) - 1 for layer in layers] != [self.config.train.batch_size] * len(self.state["layers"]):
-            raise ValueError(f"{self.folder} holds a checkpoint that does not fit this run (its memories do not)")
         changed = {key: [old, new] for key, old, new in changes(content["config"], config)}
         self.changes = content["changes"] + ([{"update": content["update"], **changed}] if changed else [])
         try:
-            self.restore(content, layers)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            self.restore(content)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = checkpoint.short_reason(error)
             raise ValueError(f"{self.folder} holds a checkpoint that does not fit this run ({reason})") from None
         return True
 
-    def restore(self, content: dict[str, Any], layers: Sequence[tuple]) -> None:
+    def restore(self, content: dict[str, Any]) -> None:
         """Set everything but the weights to what a checkpoint holds."""
         for saved, group in zip(content["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
             saved |= {key: value for key, value in group.items() if key != "params"}  # the config's current values
         self.optimizer.load_state_dict(content["optimizer"])  # a fused optimizer puts its step on the device
-        self.objective.load_state_dict(content["objective"])
-        self.task.load_state_dict(content["task"])
-        step = content["step"].to(self.device)
-        memories = [Memory(*(tensor.to(self.device) for tensor in layer[:4])) for layer in layers]
-        self.state = {"step": step, "layers": [with_max_age(memory, step) for memory in memories]}
-        self.averager.load_values(content["metrics"])
         self.update, self.run_id = content["update"], content["run_id"]
-        torch.set_rng_state(content["rng"])
-        if self.device.type == "cuda" and content["rng_cuda"]:
-            torch.cuda.set_rng_state_all(content["rng_cuda"])
+        parts = content["streams"]  # of the ranks that had this rank's streams
+        of_objective = select_rows([(part["first"], part["objective"]) for part in parts], self.streams)
+        self.objective.load_state_dict(content["objective"], of_objective)
+        self.task.load_state_dict(content["task"])
+        self.restore_memories(content["step"].to(self.device), [saved for part in parts for saved in part["memories"]])
+        self.averager.load_values(content["metrics"])
+        if content["num_ranks"] != ranks.world_size():
+            self.seed_dropout()
+            return
+        torch.set_rng_state(parts[0]["rng"])
+        if self.device.type == "cuda" and parts[0]["rng_cuda"]:
+            torch.cuda.set_rng_state(parts[0]["rng_cuda"][0], self.device)
+
+    def restore_memories(self, step: Tensor, saved: Sequence[dict[str, Any]]) -> None:
+        """Set the memories to those that a checkpoint holds. If it holds none they stay empty, which is recorded."""
+        if not saved:
+            self.changes = [*self.changes, {"update": self.update, "memories": ["lost", "empty"]}]
+        for index, rows in enumerate(self.states.rows):
+            layers = self.states[index]["layers"]
+            if saved:
+                own = slice(self.streams.start + rows.start, self.streams.start + rows.stop)
+                layers = select_memories(saved, own)
+                check_memories(layers, len(self.states[index]["layers"]), own, self.config.transformer.hidden_size)
+                layers = [moved(memory, lambda tensor: tensor.to(self.device)) for memory in layers]
+            self.states[index] = {"step": step, "layers": [with_max_age(memory, step) for memory in layers]}
 
     def check_finite(self) -> None:
         """Raises ValueError, naming the update, if the training has diverged, see `diverged`."""
@@ -152,12 +224,17 @@ class Trainer:
                 if not math.isfinite(value):
                     update = self.update - (len(values) - 1 - index) // values_per_update
                     raise self.diverged(f"{name} is {value} at update {update}", last_good_update=update - 2)
-        kept = [*self.model.state_dict().values(), *(memory.hidden for memory in self.state["layers"])]
+        kept = [*self.model.state_dict().values(), *self.hidden_states()]
         kept += [value for state in self.optimizer.state.values() for value in state.values()]
         finite = [tensor.isfinite().all() for tensor in kept if isinstance(tensor, Tensor)]
-        if not torch.stack([flag.to(self.device) for flag in finite]).all():
+        is_finite = bool(torch.stack([flag.to(self.device) for flag in finite]).all())
+        if ranks.max_numbers([not is_finite])[0]:
             problem = f"weights, optimizer state or memories are no longer finite after update {self.update}"
             raise self.diverged(problem, last_good_update=self.update - 1)
+
+    def hidden_states(self) -> list[Tensor]:
+        """Of all memories, where they lie."""
+        return [memory.hidden for state in self.states.wait() for memory in state["layers"]]
 
     def diverged(self, problem: str, last_good_update: int) -> ValueError:
         """The error of a training that has diverged.
@@ -165,11 +242,13 @@ class Trainer:
         A loss or gradient that is not finite also condemns the weights that gave it: a checkpoint of those is removed
         if there is one before it, from which the training can go on.
         """
+        self.finish_checkpoint()
+        ranks.wait_for_all()  # until they have all seen the same files
         saved = checkpoint.paths(self.folder)
         good = [path for path in saved if checkpoint.update_of(path) <= last_good_update]
         if good:
-            for path in saved[: -len(good)]:
-                path.unlink()
+            for path in saved[: -len(good)] if ranks.is_main() else ():
+                checkpoint.remove(path)
             kept = f"the last good checkpoint is that of update {checkpoint.update_of(good[0])} in {self.folder}"
         elif saved:
             kept = (
@@ -206,24 +285,12 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Any], folder: Pat
         raise ValueError(f"{folder} holds a checkpoint of another model ({reason})") from None
 
 
-def load_memory(tensors: Any, hidden_size: int) -> Memory:
-    """A layer's memory as it was saved. Raises ValueError for any that the attention could not be given."""
-    try:
-        memory = Memory(*tensors)
-        rows, offsets = len(memory.time), memory.offsets
-        is_valid = (
-            memory.kv is None
-            and memory.hidden.shape == (rows, hidden_size)
-            and memory.hidden.is_floating_point()
-            and memory.time.shape == memory.min_distance.shape == (rows,)
-            and {memory.time.dtype, memory.min_distance.dtype, offsets.dtype} == {torch.int64}
-            and offsets.dim() == 1
-            and offsets[0] == 0
-            and offsets[-1] == rows
-            and bool((offsets.diff() >= 0).all())
-        )
-    except (AttributeError, IndexError, TypeError):
-        is_valid = False
-    if not is_valid:
-        raise ValueError(f"the memories of the checkpoint do not fit a model of transformer.hidden_size={hidden_size}")
-    return memory
+def on_host(value: Any, copy: bool = False) -> Any:
+    """Nested dictionaries and lists with their tensors on the host; copied, even if they are there, if asked for."""
+    if isinstance(value, dict):
+        return {key: on_host(item, copy) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_host(item, copy) for item in value)
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=copy)
+    return value

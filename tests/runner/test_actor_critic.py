@@ -7,9 +7,22 @@ import torch
 from assertions import assert_equal
 from tiny_config import config_options, tiny_config
 
-from expire_span.runner.objectives.actor_critic import ActorCritic, collect_rollout, compute_gae, policy_and_value
+from expire_span.runner.objectives.actor_critic import (
+    ActionSampler,
+    ActorCritic,
+    collect_rollout,
+    compute_gae,
+    policy_and_value,
+)
 from expire_span.runner.train import interval_metrics, train, train_step
 from expire_span.runner.trainer import Trainer
+
+
+def act(model, state, envs, generator, num_steps):
+    """A rollout, and the state after it."""
+    states, streams = [state], slice(0, envs.num_envs)
+    sampler = ActionSampler(generator, streams, envs.num_envs)
+    return collect_rollout(model, states, [streams], envs, sampler, num_steps)[0], states[0]
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 16])
@@ -26,9 +39,7 @@ def test_acting_step_by_step_and_learning_from_the_block_give_the_same_log_proba
             torch.nn.init.normal_(mechanism.weight)  # spans that differ, so that memories expire within an episode
     objective, state = trainer.objective, trainer.model.initial_state(4)
     for _ in range(60 // block_size):
-        rollout, acting_state, _ = collect_rollout(
-            trainer.model, state, objective.envs, objective.generator, block_size
-        )
+        rollout, acting_state = act(trainer.model, state, objective.envs, objective.generator, block_size)
         outputs, learning_state, _ = trainer.model(rollout["observation"], state, rollout["reach"])
         log_probs, value = policy_and_value(outputs)
         assert_equal("log prob", log_probs.gather(-1, rollout["action"][..., None])[..., 0], rollout["log_prob"])
@@ -63,13 +74,14 @@ def test_with_one_epoch_the_gradient_is_that_of_plain_actor_critic(tmp_path):
     overrides = [f"actor_critic.{override}" for override in plain]
     trainer = Trainer(tiny_config(*overrides, "run.precision=float64", task="corridor"), tmp_path)
     start = trainer.model.initial_state(4)
-    loss, _ = trainer.objective.loss(trainer.model, start, span_loss_scale=0.0, progress=0.0)
+    block = trainer.objective.next_block(trainer.model, trainer.states)
+    loss = trainer.objective.loss(trainer.model, block, trainer.states, 0, span_loss_scale=0.0, progress=0.0)
     gradient = torch.autograd.grad(loss, trainer.model.output_head.weight)[0]
 
     again = Trainer(trainer.config, tmp_path)
     again.model.load_state_dict(trainer.model.state_dict())
     num_steps, settings = trainer.config.train.block_size, trainer.config.actor_critic
-    rollout, _, _ = collect_rollout(again.model, start, again.objective.envs, again.objective.generator, num_steps)
+    rollout, _ = act(again.model, start, again.objective.envs, again.objective.generator, num_steps)
     log_probs, _ = policy_and_value(again.model(rollout["observation"], start, rollout["reach"])[0])
     advantages = compute_gae(rollout, settings.discount, settings.gae_lambda)
     surrogate = -(log_probs.gather(-1, rollout["action"][..., None])[..., 0] * advantages).mean()
@@ -94,7 +106,7 @@ def test_each_rollout_is_used_for_as_many_updates_as_there_are_epochs(tmp_path):
     timesteps = []
     for _ in range(7):
         train_step(trainer)
-        timesteps.append(trainer.state["step"].item())
+        timesteps.append(trainer.states[0]["step"].item())
     assert trainer.objective.blocks == 3
     assert timesteps == [0, 0, 16, 16, 16, 32, 32]
 
@@ -138,7 +150,7 @@ def test_evaluation_counts_every_episode_that_begins_in_its_blocks_however_long_
 
     envs = trainer.task.make_envs(config.eval.batch_size, trainer.device, split="test")
     generator = torch.Generator().manual_seed(config.seed)
-    rollout, _, _ = collect_rollout(trainer.model, trainer.model.initial_state(4), envs, generator, 200)
+    rollout, _ = act(trainer.model, trainer.model.initial_state(4), envs, generator, 200)
     lengths = []
     for done in rollout["done"]:
         ends = [-1, *done.nonzero().flatten().tolist()]  # an episode begins after each of these timesteps
@@ -164,3 +176,10 @@ def test_success_is_also_given_by_the_length_of_the_corridor_beyond_the_lengths_
     by_length = {name: value for name, value in metrics.items() if name.startswith("test/rl/success_distance_")}
     assert {"test/rl/success_distance_2_4", "test/rl/success_distance_16_32"} <= set(by_length)
     assert min(by_length.values()) <= metrics["test/rl/success"] <= max(by_length.values())
+
+
+def test_actions_are_drawn_as_by_multinomial():
+    log_probs = torch.randn(5, 3).log_softmax(-1)
+    drawn = ActionSampler(torch.Generator().manual_seed(1), slice(0, 5), 5)(log_probs)
+    expected = torch.multinomial(log_probs.exp(), 1, generator=torch.Generator().manual_seed(1))[:, 0]
+    assert torch.equal(drawn, expected)

@@ -22,7 +22,7 @@ from expire_span.runner.errors import OutOfMemory, shortened
         ("--experimental-rerun=x", "would load a pickle"),
         (f"seed={'[' * 200}{']' * 200}", "the config is nested too deeply"),
         (f"train.updates={'x' * 5000}", "train.updates: Value 'xxx"),
-        ("transformer.hidden_size=100000000000", "tried to allocate 400000000000 bytes); lower "),
+        ("transformer.hidden_size=100000000000", "tried to allocate 400000000000 bytes); set "),
     ],
 )
 def test_a_mistake_on_the_command_line_is_explained_in_one_short_line(override, message, tmp_path):
@@ -44,4 +44,4 @@ def test_a_long_message_keeps_its_beginning_and_its_end():
 
 def test_a_lack_of_memory_names_what_to_lower():
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 12 bytes. Error code 12")
-    assert "(tried to allocate 12 bytes); lower train.batch_size" in str(OutOfMemory(error))
+    assert "(tried to allocate 12 bytes); set a smaller train.micro_batch_size" in str(OutOfMemory(error))

@@ -39,7 +39,7 @@ def test_evaluation_and_acting_after_a_fused_step_use_the_new_weights(model, tas
     for _ in range(2):
         evaluate(trainer, "valid")  # fills caches
         train_step(trainer)
-        assert all(memory.kv is None for memory in trainer.state["layers"])
+        assert all(memory.kv is None for memory in trainer.states[0]["layers"])
     fresh = Trainer(trainer.config, tmp_path)
     fresh.model.load_state_dict(copy.deepcopy(trainer.model.state_dict()))
     assert evaluate(trainer, "valid") == evaluate(fresh, "valid")

@@ -99,7 +99,7 @@ def test_a_second_signal_after_a_second_stops_at_once_and_saves_nothing(folder, 
 
 def test_a_signal_during_the_last_update_leaves_the_evaluation_to_the_resumed_run(folder, monkeypatch):
     with monkeypatch.context() as patch:
-        during(patch, trainer.Trainer, "save_checkpoint", lambda: signal.raise_signal(signal.SIGTERM))
+        during(patch, trainer.Trainer, "start_checkpoint", lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Stopped) as stop:
             training.train(tiny_config("run.checkpoint_every=4"), folder)
     assert "update 4 is saved" in stop.value.message

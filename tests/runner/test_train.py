@@ -84,7 +84,7 @@ def test_every_precision_trains_with_weights_of_at_least_float32(precision, fold
     assert trainer.model.mechanisms[0].bias.grad is None  # gradients are released
     dtype = torch.float64 if precision == "float64" else torch.float32
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {dtype}
-    assert trainer.state["layers"][0].time.dtype == torch.int64
+    assert trainer.states[0]["layers"][0].time.dtype == torch.int64
 
 
 def test_gradient_accumulation_gives_the_gradient_of_the_mean_loss(folder, text):
@@ -112,7 +112,7 @@ def test_blocks_without_targets_cost_no_update(folder):
     step_and_log(trainer)
     assert trainer.update == 1
     assert trainer.objective.blocks == 4
-    assert trainer.state["step"].item() == 64
+    assert trainer.states[0]["step"].item() == 64
 
 
 # How a run resumes

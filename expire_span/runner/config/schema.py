@@ -76,7 +76,9 @@ class TrainConfig:
     block_size: int
     grad_accumulation: int
     grad_clip: float | None
-    curriculum_interval: int = 20  # folders of earlier runs do not have it
+    curriculum_interval: int = 20  # folders of earlier runs do not have it, nor the following
+    micro_batch_size: int | str | None = None
+    offload_memory: bool = False
 
 
 @dataclass
@@ -120,6 +122,8 @@ class RunConfig:
     keep_checkpoints: int
     progress_bar: bool
     profile: bool = False  # folders of earlier runs do not have it
+    checkpoint_memories: bool = True
+    rank_timeout: float = 60.0
 
 
 @dataclass
@@ -190,7 +194,7 @@ BOUNDS = {  # the smallest and the largest value
     "run.keep_checkpoints": (1, LIMIT),
     "run.num_threads": (1, 1024),
 }
-POSITIVE = ("memory.ramp", "train.grad_clip", "actor_critic.clip_coef")  # above 0
+POSITIVE = ("memory.ramp", "train.grad_clip", "actor_critic.clip_coef", "run.rank_timeout")  # above 0
 BASE_CLASSES = {"task": (Task, RLTask), "model": (Mechanism,), "optimizer": (Optimizer,)}
 
 
@@ -261,6 +265,9 @@ def check_values(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and value <= 0:
             raise ValueError(f"{key} must be above 0, got {value}")
+    micro_batch_size = config.train.get("micro_batch_size")
+    if not (micro_batch_size in (None, "auto") or (isinstance(micro_batch_size, int) and micro_batch_size > 0)):
+        raise ValueError(f"train.micro_batch_size must be null, auto or a number of streams, got {micro_batch_size}")
     for key in ("hidden_size", "num_heads"):
         if config.model.get(key, config.transformer[key]) != config.transformer[key]:
             raise ValueError(f"model.{key}={config.model[key]} must be transformer.{key}={config.transformer[key]}")

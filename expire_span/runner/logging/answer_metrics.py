@@ -1,7 +1,7 @@
 """How well targets are predicted: loss, accuracy by the task's way of scoring, and accuracy by distance."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from expire_span.tasks.base import IGNORE_INDEX, METRICS, Batch
 
+from .. import ranks
 from .metrics import Metrics
 
 ACCURACY_METRICS = ("accuracy", "error")  # those that need predictions
@@ -94,6 +95,10 @@ class AccuracyByDistance:
             self.counts[row] += torch.bincount(bins[mask], minlength=NUM_BINS)
         self.num_beyond += (scored & (distance > self.max_reach)).sum()
 
+    def sum_over_ranks(self) -> None:
+        """Count the answers of all ranks."""
+        self.counts, self.num_beyond = ranks.sum_tensor(self.counts), ranks.sum_tensor(self.num_beyond)
+
     def beyond_reach(self) -> Metrics:
         """Share of the answers that are out of reach, as beyond_reach; nothing without answers."""
         answers = int(self.counts[0].sum())
@@ -150,6 +155,17 @@ class AnswerMetrics:
         correct_so_far, ends = score_lines(parts[0], parts[1])
         self.last_word = correct_so_far[:, -1:], parts[1][:, -1:], parts[2][:, -1:]
         return correct_so_far, ends, parts[2]
+
+    def sum_over_streams(self, others: Sequence["AnswerMetrics"]) -> None:
+        """Count the answers of other micro-batches, too, and then those of all ranks."""
+        for other in others:
+            self.nats += other.nats
+            self.counts += other.counts
+            self.words += other.words
+            self.by_distance.counts += other.by_distance.counts
+            self.by_distance.num_beyond += other.by_distance.num_beyond
+        self.nats, self.counts, self.words = (ranks.sum_tensor(each) for each in (self.nats, self.counts, self.words))
+        self.by_distance.sum_over_ranks()
 
     def metrics(self, metric: str, bytes_per_token: float, extra_metrics: Iterable[str] = ()) -> Metrics:
         """The loss (nats per target), the task's metrics and, if they are about accuracy, these by distance.

@@ -1,4 +1,8 @@
-"""Averages of metrics over a logging interval or an evaluation."""
+"""Averages of metrics over a logging interval or an evaluation.
+
+Ranks and micro-batches each add their share of a metric: of a mean over all streams, the mean over their own ones times
+these streams' part in all of them. So the shares of all ranks and micro-batches add up to the metric.
+"""
 
 import math
 from collections import defaultdict
@@ -7,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
+
 Metrics = dict[str, float]
 
 
@@ -14,34 +20,70 @@ class MetricAverager:
     """Collects metrics by name. Tensors stay on their device until they are read, and are then copied all at once."""
 
     def __init__(self) -> None:
-        self.values_by_name: dict[str, list[Any]] = defaultdict(list)
+        self.numbers_by_name: dict[str, list[float]] = defaultdict(list)  # of all ranks
+        self.recent: dict[str, list[Any]] = defaultdict(list)  # shares of this rank that were not yet read
 
     def add(self, metrics: dict[str, Any]) -> None:
-        """Add one value of each metric, a number or a scalar tensor."""
+        """Add one value of each metric, a number or a scalar tensor: this rank's share of it."""
         for name, value in metrics.items():
-            self.values_by_name[name].append(value)
+            self.recent[name].append(value)
+
+    def add_share(self, metrics: dict[str, Any], share: float, is_first: bool = True) -> None:
+        """Add one micro-batch's means over its streams; those after the first add to the value of the first one."""
+        for name, value in metrics.items():
+            if share != 1:
+                value = share * (value.to(accurate_dtype(value)) if isinstance(value, Tensor) else value)
+            if is_first:
+                self.recent[name].append(value)
+            else:
+                self.recent[name][-1] = self.recent[name][-1] + value
 
     def values(self) -> dict[str, list[float]]:
-        """All values added so far, as numbers."""
-        for name, values in self.values_by_name.items():
-            tensors = [value for value in values if isinstance(value, Tensor)]
-            if tensors:
-                numbers = iter(torch.stack([tensor.detach().float() for tensor in tensors]).tolist())
-                self.values_by_name[name] = [next(numbers) if isinstance(value, Tensor) else value for value in values]
-        return dict(self.values_by_name)
+        """All values added so far, as numbers, summed over the ranks. All ranks must call this at the same time."""
+        shares = [value for values in self.recent.values() for value in values]
+        numbers = iter(ranks.sum_numbers(to_numbers(shares)) if shares else [])
+        for name, values in self.recent.items():
+            self.numbers_by_name[name] += [next(numbers) for _ in values]
+        self.recent.clear()
+        return dict(self.numbers_by_name)
 
     def load_values(self, values: dict[str, list[float]]) -> None:
         """Restore values that a checkpoint saved."""
-        self.values_by_name.update({name: list(numbers) for name, numbers in values.items()})
+        self.numbers_by_name.update({name: list(numbers) for name, numbers in values.items()})
 
     def pop_means(self) -> Metrics:
         """The mean of each metric, without its NaNs (NaN if there is nothing else); then forgets all values."""
-        means = {}
-        for name, values in self.values().items():
-            numbers = [value for value in values if not math.isnan(value)]
-            means[name] = sum(numbers) / len(numbers) if numbers else math.nan
-        self.values_by_name.clear()
+        means = means_without_nan(self.values())
+        self.numbers_by_name.clear()
         return means
+
+    def pop_own_means(self) -> Metrics:
+        """The same, of this rank alone: its share of the means."""
+        values = {name: to_numbers(shares) for name, shares in self.recent.items()}
+        self.recent.clear()
+        return means_without_nan(values)
+
+
+def means_without_nan(values_by_name: dict[str, list[float]]) -> Metrics:
+    means = {}
+    for name, values in values_by_name.items():
+        numbers = [value for value in values if not math.isnan(value)]
+        means[name] = sum(numbers) / len(numbers) if numbers else math.nan
+    return means
+
+
+def to_numbers(values: list[Any]) -> list[float]:
+    """Numbers and scalar tensors as numbers; the device is waited for once."""
+    tensors = [value.detach() for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return values
+    numbers = iter(torch.stack([tensor.to(accurate_dtype(tensor)) for tensor in tensors]).tolist())
+    return [next(numbers) if isinstance(value, Tensor) else value for value in values]
+
+
+def accurate_dtype(tensor: Tensor) -> torch.dtype:
+    """The largest floating-point numbers that the tensor's device has."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 class RunningMeans:
@@ -56,11 +98,16 @@ class RunningMeans:
         self.counts: dict[str, int] = {}
 
     def add(self, metrics: dict[str, Any]) -> None:
-        """Add one value of each metric, a number or a scalar tensor."""
-        self.recent.add(metrics)
-        self.blocks += 1
-        if self.blocks % self.BLOCKS_PER_SUM == 0:
-            self.sum_up()
+        """Add one value of each metric, a number or a scalar tensor: this rank's share of it."""
+        self.add_share(metrics, 1)
+
+    def add_share(self, metrics: dict[str, Any], share: float, is_first: bool = True) -> None:
+        """As in `MetricAverager`."""
+        if is_first:
+            if self.blocks and self.blocks % self.BLOCKS_PER_SUM == 0:
+                self.sum_up()
+            self.blocks += 1
+        self.recent.add_share(metrics, share, is_first)
 
     def sum_up(self) -> None:
         for name, values in self.recent.values().items():

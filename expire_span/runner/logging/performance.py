@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import ranks
 from .metrics import Metrics
 
 
@@ -37,7 +38,10 @@ class StepTimer:
         self.intervals[phase].append((start, self.now()))
 
     def pop(self) -> tuple[Counter[str], Counter[str]]:
-        """How many intervals each phase has had since the last call, and its total time in milliseconds."""
+        """How many intervals each phase has had since the last call, and its total time in milliseconds.
+
+        With several ranks, the time of the slowest.
+        """
         if self.cuda:
             torch.cuda.synchronize()
         counts, milliseconds = Counter[str](), Counter[str]()
@@ -47,7 +51,8 @@ class StepTimer:
                 start.elapsed_time(end) if self.cuda else 1000 * (end - start) for start, end in intervals
             )
         self.intervals.clear()
-        return counts, milliseconds
+        slowest = ranks.max_numbers(list(milliseconds.values()))
+        return counts, Counter(dict(zip(milliseconds, slowest, strict=True)))
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -60,6 +65,12 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> Metrics:
+    """The largest of all ranks, in GB, see `own_peak_memory`."""
+    own = own_peak_memory(device)
+    return dict(zip(own, ranks.max_numbers(list(own.values())), strict=True))
+
+
+def own_peak_memory(device: torch.device) -> Metrics:
     """In GB. CUDA: peak allocated and reserved memory; elsewhere the peak resident size of the whole process."""
     if device.type == "cuda":
         return {

@@ -2,10 +2,10 @@
 
 import torch
 from omegaconf import DictConfig
-from torch import distributed
 
 from ...transformer import Transformer
 from ..cost_model import DEVICES
+from ..ranks import world_size
 from ..step_cost import StepCost
 from .metrics import Metrics
 
@@ -17,11 +17,6 @@ NAMES = {  # of the devices whose published peak is known, as torch calls them
     "NVIDIA A100 80GB PCIe": "a100",
     "NVIDIA GeForce RTX 4090": "rtx4090",
 }
-
-
-def world_size() -> int:
-    """Number of processes that train together."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def throughput(config: DictConfig, model: Transformer, device: torch.device, metrics: Metrics) -> Metrics:

@@ -12,6 +12,7 @@ The model's outputs are the action logits and, last, the value. Memories of earl
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from ..build import autocast
 from ..logging.answer_metrics import AccuracyByDistance
 from ..logging.metrics import MetricAverager, Metrics, RunningMeans
 from ..logging.performance import StepTimer
+from ..micro_batches import MicroBatches, evaluation_states
+from ..ranks import max_numbers, own_streams, sum_tensor, world_size
 
 Rollout = dict[str, Tensor]  # (B, T) each; observation (B, T, vocab_size); next_value (B,)
 
@@ -53,52 +56,64 @@ class ActorCritic:
                 "memory.random_drop=false"
             )
         self.task, self.config, self.device, self.averager, self.timer = task, config, device, averager, timer
-        self.envs = task.make_envs(config.train.batch_size, device, split="train")
-        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.streams = own_streams(config.train.batch_size, "train.batch_size")
+        own_streams(config.eval.batch_size, "eval.batch_size")
+        self.envs = own_envs(task, config.train.batch_size, device, "train")
+        self.generator = torch.Generator(device).manual_seed(config.seed)  # of actions, the same on all ranks
         self.rollout: Rollout = {}
         self.epoch = 0  # how often the rollout has been learned from
         self.blocks = 0  # rollouts collected
         self.progress = MetricAverager()  # of the episodes that ended since the curriculum's last decision
 
-    def loss(self, model: Any, state: State, span_loss_scale: float, progress: float) -> tuple[Tensor, State]:
-        """The loss on the current rollout, after collecting it if need be; the state advances after its last epoch."""
-        settings = self.config.actor_critic
+    def next_block(self, model: Any, states: MicroBatches) -> Rollout:
+        """The rollout to learn from; a new one once all epochs of the last one are done."""
         if not self.rollout:
             start = self.timer.now()
+            current = list(states)  # acting leaves the memories as they are: learning goes through the block once more
+            sampler = ActionSampler(self.generator, self.streams, self.config.train.batch_size)
             with autocast(self.config, self.device):
-                num_steps = self.config.train.block_size
-                self.rollout, _, episodes = collect_rollout(model, state, self.envs, self.generator, num_steps)
+                self.rollout, episodes = collect_rollout(
+                    model, current, states.rows, self.envs, sampler, self.config.train.block_size
+                )
+            add_advantages(self.rollout, self.config.actor_critic, self.config.train.batch_size)
             self.timer.add("rollout", start)
             self.blocks += 1
             episodes = {name: value for name, value in episodes.items() if name.startswith("rl/")}
             self.averager.add(episodes)
             self.progress.add(episodes)
-        rollout = self.rollout
         model.train()
+        return self.rollout
+
+    def loss(
+        self, model: Any, rollout: Rollout, states: MicroBatches, index: int, span_loss_scale: float, progress: float
+    ) -> Tensor:
+        """One micro-batch's share of the loss on the rollout; its memories advance after the last epoch."""
+        settings, is_last = self.config.actor_critic, index == len(states) - 1
+        rows = states.rows[index]
+        part = {name: values[rows] for name, values in rollout.items()}
+        share = (rows.stop - rows.start) / self.config.train.batch_size
         with autocast(self.config, self.device):
-            outputs, next_state, metrics = model(rollout["observation"], state, rollout["reach"])
+            outputs, next_state, metrics = model(part["observation"], states[index], part["reach"])
         log_probs, values = policy_and_value(outputs)  # (B, T, actions), (B, T)
 
-        advantages = compute_gae(rollout, settings.discount, settings.gae_lambda)  # (B, T)
-        returns = advantages + rollout["value"]
-        if settings.normalize_advantage:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        log_ratio = log_probs.gather(-1, rollout["action"][..., None])[..., 0] - rollout["log_prob"]  # (B, T)
+        log_ratio = log_probs.gather(-1, part["action"][..., None])[..., 0] - part["log_prob"]  # (B, T)
         ratio = log_ratio.exp()
         clipped_ratio = ratio.clamp(1 - settings.clip_coef, 1 + settings.clip_coef)
-        policy_loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages).mean()
-        value_loss = (values - returns).square().mean() / 2
+        policy_loss = -torch.minimum(ratio * part["advantage"], clipped_ratio * part["advantage"]).mean()
+        value_loss = (values - part["return"]).square().mean() / 2
         entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
         entropy_coef = settings.entropy_coef + (settings.final_entropy_coef - settings.entropy_coef) * progress
         loss = policy_loss + settings.value_coef * value_loss - entropy_coef * entropy
         span_loss = span_loss_scale * metrics.pop("span_loss")
 
-        self.epoch += 1
+        if self.epoch + 1 == settings.update_epochs:
+            states[index] = next_state
+        if is_last:
+            self.epoch += 1
         if self.epoch == settings.update_epochs:
-            self.rollout, self.epoch, state = {}, 0, next_state
+            self.rollout, self.epoch = {}, 0
         with torch.no_grad():
-            self.averager.add(metrics)
-            self.averager.add({
+            metrics |= {
                 "train/loss": loss.detach(),
                 "train/policy_loss": policy_loss.detach(),
                 "train/value_loss": value_loss.detach(),
@@ -106,8 +121,9 @@ class ActorCritic:
                 "train/span_loss": span_loss.detach(),
                 "train/approx_kl": (ratio - 1 - log_ratio).mean(),
                 "train/clip_fraction": ((ratio - 1).abs() > settings.clip_coef).float().mean(),
-            })  # fmt: skip
-        return loss + span_loss, state
+            }
+            self.averager.add_share(metrics, share, is_first=index == 0)
+        return (loss + span_loss) * share
 
     def summarize(self, means: Metrics) -> Metrics:
         """The means of a logging interval, per finished episode."""
@@ -146,20 +162,27 @@ class ActorCritic:
         Each of these episodes is played to its end: otherwise short ones, which are the failed or the easy ones, would
         be over-represented. Where the task knows how far back an episode's answer lies, success is also given by that.
         """
-        envs = task.make_envs(config.eval.batch_size, device, split=split)
-        generator = torch.Generator(device).manual_seed(config.seed)
-        state, averager = model.initial_state(config.eval.batch_size), RunningMeans()
-        by_distance = AccuracyByDistance(device, model.max_reach(config.eval.span_cap))
-        block_size = config.eval.block_size
+        num_envs, block_size, span_cap = config.eval.batch_size, config.eval.block_size, config.eval.span_cap
+        streams = own_streams(num_envs, "eval.batch_size")
+        envs = own_envs(task, num_envs, device, split)
+        sampler = ActionSampler(torch.Generator(device).manual_seed(config.seed), streams, num_envs)
+        states = evaluation_states(model, config, streams.stop - streams.start)
+        current, averager = list(states), RunningMeans()
+        by_distance = AccuracyByDistance(device, model.max_reach(span_cap))
         steps_left = config.eval.max_blocks * block_size  # in which counted episodes may begin
-        while steps_left > 0 or (envs.steps > -steps_left).any():
+        while steps_left > 0 or max_numbers([(envs.steps > -steps_left).any().item()])[0]:
             with autocast(config, device):
-                _, state, means = collect_rollout(
-                    model, state, envs, generator, block_size, steps_left, by_distance, config.eval.span_cap
+                rollout, means = collect_rollout(
+                    model, current, states.rows, envs, sampler, block_size, steps_left, by_distance, span_cap
                 )
             del means["span_loss"]
             averager.add(means)
+            if max_numbers([not rollout["log_prob"].isfinite().all()])[0]:
+                raise ValueError(
+                    f"{split}: no action can be sampled; the weights have diverged: try a lower optimizer.lr"
+                )
             steps_left -= block_size
+        by_distance.sum_over_ranks()
         metrics = per_episode(averager.means())
         metrics |= by_distance.beyond_reach()
         metrics |= {f"rl/success_{name}": value for name, value in by_distance.accuracies().items()}
@@ -167,75 +190,125 @@ class ActorCritic:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "envs": self.envs.state_dict(),
+            "envs": {name: value for name, value in self.envs.state_dict().items() if name != "per_env"},
             "generator": self.generator.get_state(),
-            "rollout": self.rollout,
             "epoch": self.epoch,
             "blocks": self.blocks,
             "progress": self.progress.values(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.envs.load_state_dict(state["envs"])
+    def streams_state_dict(self) -> dict[str, Any]:
+        """What belongs to this rank's environments, tensors (B, ...)."""
+        return {"envs": self.envs.state_dict()["per_env"], "rollout": self.rollout}
+
+    def load_state_dict(self, state: dict[str, Any], streams_state: dict[str, Any]) -> None:
+        self.envs.load_state_dict({**state["envs"], "per_env": streams_state["envs"]})
         self.generator.set_state(state["generator"].cpu())
-        self.rollout = {name: tensor.to(self.device) for name, tensor in state["rollout"].items()}
+        self.rollout = {name: tensor.to(self.device) for name, tensor in streams_state["rollout"].items()}
         self.epoch, self.blocks = state["epoch"], state["blocks"]
         self.progress.load_values(state["progress"])
+
+
+class ActionSampler:
+    """Draws actions for the environments of all ranks, and keeps those of its own, so that ranks act as one process."""
+
+    def __init__(self, generator: torch.Generator, streams: slice, num_envs: int):
+        self.generator, self.streams, self.num_envs = generator, streams, num_envs
+
+    def __call__(self, log_probs: Tensor) -> Tensor:
+        """One action for each row of log-probabilities (B, actions): (B,)."""
+        probs = log_probs.exp()
+        noise = probs.new_empty(self.num_envs, probs.shape[1]).exponential_(generator=self.generator)
+        return (probs / noise[self.streams]).argmax(1)  # as torch.multinomial draws a single sample
+
+
+def own_envs(task: RLTask, num_envs: int, device: torch.device, split: str) -> Envs:
+    """This rank's share of the environments. Only several ranks need a task that can divide them."""
+    if world_size() == 1:
+        return task.make_envs(num_envs, device, split=split)
+    streams = own_streams(num_envs, "the number of environments")
+    return task.make_envs(streams.stop - streams.start, device, split=split, first=streams.start, total=num_envs)
 
 
 @torch.no_grad()
 def collect_rollout(
     model: Any,
-    state: State,
+    states: list[State],
+    rows: Sequence[slice],
     envs: Envs,
-    generator: torch.Generator,
+    sampler: ActionSampler,
     num_steps: int,
     max_start_step: float = math.inf,
     by_distance: AccuracyByDistance | None = None,
     span_cap: int | None = None,
-) -> tuple[Rollout, State, Metrics]:
+) -> tuple[Rollout, Metrics]:
     """Act for num_steps timesteps, sampling from the policy one timestep at a time.
 
     Args:
+        states: of each micro-batch; replaced by the states after the rollout.
+        rows: the environments of each micro-batch.
         max_start_step: Count only episodes that begin fewer than this many timesteps from now.
         by_distance: receives the success of each counted episode, where the task knows a distance.
         span_cap: timesteps; spans longer than this are shortened to it.
 
     Returns:
-        the rollout, the state after it, and the metrics of memory and episodes (see `per_episode`).
+        the rollout, and the metrics of memory and episodes: this rank's share of them (see `per_episode`).
     """
-    steps, averager = [], MetricAverager()
+    steps, sums = [], MetricAverager()
     model.eval()
+
+    def act(states: list[State]) -> tuple[Tensor, Tensor, list[State]]:
+        """Log-probabilities (B, actions), values (B,), and the states after this timestep."""
+        observation, reach = envs.observe()[:, None], envs.steps[:, None]  # (B, 1, vocab_size), (B, 1)
+        outputs, next_states = [], []
+        for index, part in enumerate(rows):
+            output, state, metrics = model(observation[part], states[index], reach[part], span_cap)
+            outputs.append(output[:, 0])
+            next_states.append(state)
+            sums.add_share(metrics, (part.stop - part.start) / sampler.num_envs, is_first=index == 0)
+        return *policy_and_value(torch.cat(outputs)), next_states
+
     for step in range(num_steps):
         observation, reach = envs.observe(), envs.steps  # (B, vocab_size), (B,)
-        outputs, state, metrics = model(observation[:, None], state, reach[:, None], span_cap)
-        log_probs, value = policy_and_value(outputs[:, 0])  # (B, actions), (B,)
-        action = torch.multinomial(log_probs.exp(), 1, generator=generator)  # (B, 1)
-        reward, done = envs.step(action[:, 0])  # (B,), (B,)
+        log_probs, value, states[:] = act(states)
+        action = sampler(log_probs)  # (B,)
+        reward, done = envs.step(action)  # (B,), (B,)
         steps.append({
             "observation": observation,
             "reach": reach,
-            "action": action[:, 0],
-            "log_prob": log_probs.gather(1, action)[:, 0],
+            "action": action,
+            "log_prob": log_probs.gather(1, action[:, None])[:, 0],
             "value": value,
             "reward": reward,
             "done": done,
         })  # fmt: skip
         counted = done & (step + 1 - envs.episode_info["episode_length"] < max_start_step)  # (B,)
-        sums = {f"rl/{name}": (value.float() * counted).sum() for name, value in envs.episode_info.items()}
-        averager.add({**sums, "rl/episodes": counted.float().sum(), **metrics})
+        episodes = {f"rl/{name}": (value.float() * counted).sum() for name, value in envs.episode_info.items()}
+        sums.add({**episodes, "rl/episodes": counted.float().sum()})
         if by_distance and "distance" in envs.episode_info:
             by_distance.add(envs.episode_info["success"], counted, envs.episode_info["distance"])
     rollout = {name: torch.stack([step[name] for step in steps], 1) for name in steps[0]}  # (B, T, ...)
-    outputs, _, _ = model(envs.observe()[:, None], state, envs.steps[:, None], span_cap)
-    rollout["next_value"] = policy_and_value(outputs[:, 0])[1]  # (B,)
-    return rollout, state, averager.pop_means()
+    means = sums.pop_own_means()
+    rollout["next_value"] = act(states)[1]  # (B,)
+    return rollout, means
 
 
 def policy_and_value(outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Split model outputs (..., actions + 1) into log-probabilities (..., actions) and value (...)."""
     outputs = at_least_float32(outputs)
     return outputs[..., :-1].log_softmax(-1), outputs[..., -1]
+
+
+def add_advantages(rollout: Rollout, settings: DictConfig, num_envs: int) -> None:
+    """Add the advantages and returns, (B, T); normalized over the environments of all ranks, if the settings say so."""
+    advantages = compute_gae(rollout, settings.discount, settings.gae_lambda)
+    rollout["return"] = advantages + rollout["value"]
+    if settings.normalize_advantage:
+        count = num_envs * advantages.shape[1]
+        centered = advantages - sum_tensor(advantages.sum()) / count
+        std = (sum_tensor(centered.square().sum()) / (count - 1)).sqrt()
+        advantages = centered / (std + 1e-8)
+    rollout["advantage"] = advantages
 
 
 def compute_gae(rollout: Rollout, discount: float, gae_lambda: float) -> Tensor:

@@ -1,6 +1,8 @@
 """Checkpoints: checkpoint_UPDATE.pt, written atomically and verified on loading; tensors and plain types only.
 
-A file is what torch.save writes, followed by its SHA-256, so that damage at any place is found.
+A file is what torch.save writes, followed by its SHA-256, so that damage at any place is found. Where several ranks
+train, each writes what belongs to its streams to a file of its own, checkpoint_UPDATE.rank_N.pt; a checkpoint of which
+one of these is missing or damaged counts as damaged.
 """
 
 import hashlib
@@ -12,12 +14,13 @@ from typing import Any, BinaryIO
 
 import torch
 
+from .. import ranks
 from .config_files import written_by_older_version
 from .files import replace_file
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # 1, without this entry, was written by versions before 0.2, which had other names
+FORMAT = 4  # 1, without this entry, was written by versions before 0.2, which had other names
 DIGEST_SIZE = hashlib.sha256().digest_size
 ENTRY_TYPES: dict[str, Any] = {
     "format": int,
@@ -31,10 +34,9 @@ ENTRY_TYPES: dict[str, Any] = {
     "objective": dict,
     "task": dict,
     "step": torch.Tensor,
-    "layers": list,
     "metrics": dict,
-    "rng": torch.Tensor,
-    "rng_cuda": list,
+    "num_ranks": int,
+    "streams": list,  # what belongs to the streams, if there was one rank
 }
 
 
@@ -44,46 +46,101 @@ def paths(folder: Path) -> list[Path]:
     return [path for _, path in sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True)]
 
 
-def save(folder: Path, content: dict[str, Any], keep: int = 2) -> None:
-    """Write the checkpoint of content["update"], then remove all but the `keep` newest up to this update.
+def save(folder: Path, content: dict[str, Any], streams: dict[str, Any]) -> None:
+    """Write the checkpoint of content["update"], see `prune` for the older ones.
 
-    A file of a later update is removed too: it was damaged, or the run would have gone on from there.
+    Args:
+        content: What all ranks have in common; rank 0 writes it.
+        streams: What belongs to this rank's streams.
 
     Raises:
         OSError: It could not be written, such as on a full disk; those before it stay.
     """
-    for unfinished in folder.glob("checkpoint_*.pt.part"):  # of a process that was killed
-        unfinished.unlink()
-    new = folder / f"checkpoint_{content['update']}.pt"
-    with replace_file(new) as file:
+    path = folder / f"checkpoint_{content['update']}.pt"
+    if content["num_ranks"] > 1:
+        write(rank_path(path, ranks.rank()), streams)
+    if ranks.is_main():
+        write(path, content | {"streams": [streams] if content["num_ranks"] == 1 else []})
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a file, and its SHA-256 at its end."""
+    with replace_file(path) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch reports a full disk as this or as OSError
             raise OSError(str(error).splitlines()[0]) from None
         file.write(sha256(file, file.tell()))
-    older = [path for path in paths(folder) if update_of(path) < content["update"]]
-    for path in set(paths(folder)) - {new, *older[: keep - 1]}:
-        path.unlink()
 
 
-def load(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that is not damaged, on the CPU; None if there is none at all.
+def prune(folder: Path, update: int, keep: int) -> None:
+    """Remove all checkpoints but that of this update and the newest before it, `keep` in all.
+
+    One of a later update is removed too: it was damaged, or the run would have gone on from there.
+    """
+    for unfinished in folder.glob("checkpoint_*.pt.part"):  # of a process that was killed
+        unfinished.unlink()
+    kept = [path for path in paths(folder) if update_of(path) <= update][:keep]
+    for path in set(paths(folder)) - set(kept):
+        remove(path)
+    updates = {update_of(path) for path in kept}
+    for path in folder.glob("checkpoint_*.rank_*.pt"):  # of a checkpoint that is gone, or was never finished
+        if update_of(path) not in updates:
+            path.unlink()
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint with the files of all its ranks."""
+    path.unlink()
+    for part in path.parent.glob(f"{path.stem}.rank_*.pt"):
+        part.unlink()
+
+
+def rank_path(path: Path, rank: int) -> Path:
+    """The file of a rank's streams."""
+    return path.with_name(f"{path.stem}.rank_{rank}.pt")
+
+
+def load(folder: Path, own_streams: slice | None = None) -> dict[str, Any] | None:
+    """The newest checkpoint that is not damaged, on the CPU; None if there is none at all. All ranks load together.
+
+    Args:
+        own_streams: Of which the content's "streams" are wanted, in as many parts as other ranks had saved of them
+            (None: of none).
 
     Raises:
         OSError: A checkpoint cannot be opened, which says nothing about its content.
         ValueError: All of them are damaged, or the newest one that is not is of no use to this version.
     """
-    candidates = paths(folder)
+    candidates = ranks.broadcast(paths(folder))
     if not candidates and (folder / "checkpoint.pt").exists():
         raise ValueError(written_by_older_version(folder))
     for path in candidates:
-        if is_intact(path):
-            return read(path)
+        with ranks.failing_together():
+            content = read_if_intact(path, own_streams)
+        if all(ranks.gather(content is not None)):
+            return content
         log.warning(f"{path} is damaged, and the checkpoint before it is used")
     if candidates:
         names = " and ".join(str(path) for path in candidates)
         raise ValueError(f"no checkpoint in {folder} is intact; remove {names} to start over")
     return None
+
+
+def read_if_intact(path: Path, own_streams: slice | None) -> dict[str, Any] | None:
+    """A checkpoint with the parts that hold some of `own_streams`; None if a file of it is damaged or missing."""
+    if not is_intact(path):
+        return None
+    content = read(path, ENTRY_TYPES)
+    if own_streams is None or content["num_ranks"] == 1:
+        return content
+    num_streams = content["config"]["train"]["batch_size"] // content["num_ranks"]
+    for rank in range(own_streams.start // num_streams, -(-own_streams.stop // num_streams)):
+        part = rank_path(path, rank)
+        if not part.exists() or not is_intact(part):
+            return None
+        content["streams"].append(read(part, {}))
+    return content
 
 
 def is_intact(path: Path) -> bool:
@@ -96,8 +153,8 @@ def is_intact(path: Path) -> bool:
         raise OSError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The content of an intact checkpoint. Raises ValueError unless it is one of this version, with every entry."""
+def read(path: Path, entry_types: dict[str, Any]) -> dict[str, Any]:
+    """The content of an intact file. Raises ValueError unless it is one of this version, with every entry."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever else was given this name and a digest raises errors of many kinds
@@ -107,7 +164,7 @@ def read(path: Path) -> dict[str, Any]:
     if content.get("format") != FORMAT:
         found = content.get("format")
         raise ValueError(f"{path} has format {found}, but this version of expire-span reads format {FORMAT}")
-    for name, kind in ENTRY_TYPES.items():
+    for name, kind in entry_types.items():
         if name not in content:
             raise ValueError(f"{path} is not a checkpoint: its {name} is missing")
         if not isinstance(content[name], kind):
@@ -124,8 +181,8 @@ def how_to_go_on(folder: Path) -> str:
 
 
 def update_of(path: Path) -> int:
-    """The update of a checkpoint, by its name."""
-    return int(path.stem.removeprefix("checkpoint_"))
+    """The update of a checkpoint, or of a rank's part of it, by its name."""
+    return int(path.name.split(".")[0].removeprefix("checkpoint_"))
 
 
 def sha256(file: BinaryIO, size: int) -> bytes:

@@ -9,6 +9,8 @@ from ..config.overrides import is_below
 # Keys that may change between two starts of one run, because they do not change what an update computes.
 MAY_CHANGE = (
     "train.updates",
+    "train.micro_batch_size",
+    "train.offload_memory",
     "transformer.attention_backend",
     "transformer.activation_checkpointing",
     "eval",

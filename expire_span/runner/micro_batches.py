@@ -1,0 +1,146 @@
+"""The memories of the parallel streams, in micro-batches that are processed one after another."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ..memory import Memory
+from ..transformer import State, Transformer
+from .cost_model import largest_micro_batch
+from .ranks import world_size
+
+log = logging.getLogger(__name__)
+
+
+class MicroBatches:
+    """States of a model, one for each group of streams. `states[i]` is read, and replaced by the state after a block.
+
+    Args:
+        model: whose memories these are; they begin empty.
+        num_streams: of this process.
+        size: of a micro-batch (None: all streams); the last one may be smaller.
+        offload: whether memories lie on the host while another micro-batch computes. They are copied in the background
+            on CUDA, the next one ahead of its time; on a CPU they are on the host anyway.
+
+    Attributes:
+        rows: the streams of each micro-batch, among all of this process.
+    """
+
+    def __init__(self, model: Transformer, num_streams: int, size: int | None = None, offload: bool = False):
+        size = min(size or num_streams, num_streams)
+        self.rows = [slice(first, min(first + size, num_streams)) for first in range(0, num_streams, size)]
+        device = model.position.device
+        self.copies = torch.cuda.Stream(device) if offload and device.type == "cuda" and len(self.rows) > 1 else None
+        self.ahead: dict[int, State] = {}  # copied to the device before its turn
+        self.states: list[State] = [{}] * len(self.rows)
+        for index, rows in enumerate(self.rows):
+            self[index] = model.initial_state(rows.stop - rows.start)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[State]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> State:
+        if self.copies is None:
+            return self.states[index]
+        state = self.ahead.pop(index, None) or self.copied_to_device(index)
+        compute = torch.cuda.current_stream(self.copies.device)
+        compute.wait_stream(self.copies)
+        for tensor in tensors_of(state):
+            tensor.record_stream(compute)
+        following = (index + 1) % len(self)
+        if following not in self.ahead:
+            self.ahead[following] = self.copied_to_device(following)
+        return state
+
+    def __setitem__(self, index: int, state: State) -> None:
+        if self.copies is None:
+            self.states[index] = state
+            return
+        copies = self.copies
+        self.ahead.pop(index, None)
+        copies.wait_stream(torch.cuda.current_stream(copies.device))
+
+        def to_host(tensor: Tensor) -> Tensor:
+            tensor.record_stream(copies)
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+        with torch.cuda.stream(copies):
+            self.states[index] = state | {"layers": [moved(memory, to_host) for memory in state["layers"]]}
+
+    def copied_to_device(self, index: int) -> State:
+        assert self.copies is not None
+        state, device = self.states[index], self.copies.device
+
+        def to_device(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        with torch.cuda.stream(self.copies):
+            return state | {"layers": [moved(memory, to_device) for memory in state["layers"]]}
+
+    def wait(self) -> list[State]:
+        """All states where they lie, on the host if they are offloaded, with their copies complete."""
+        if self.copies is not None:
+            self.copies.synchronize()
+        return self.states
+
+
+def moved(memory: Memory, move: Callable[[Tensor], Tensor]) -> Memory:
+    """A memory that lies elsewhere. Cached keys and values, which can be computed again, are left behind."""
+    hidden, time, min_distance, offsets = (move(tensor) for tensor in memory[:4])
+    return Memory(hidden, time, min_distance, offsets, max_age=memory.max_age)
+
+
+def tensors_of(state: State) -> Iterator[Tensor]:
+    """The tensors of all memories of a state."""
+    return (tensor for memory in state["layers"] for tensor in memory[:4])
+
+
+def resolve_auto(config: DictConfig, task: Any, device: torch.device, num_streams: int) -> None:
+    """Replace train.micro_batch_size=auto by the largest size that is predicted to fit on the device.
+
+    Raises ValueError if not even one stream at a time does.
+    """
+    if config.train.micro_batch_size != "auto":
+        return
+    free = free_bytes(device)
+    size = largest_micro_batch(config, task.vocab_size, task.num_classes, num_streams, free)
+    log.info(
+        f"train.micro_batch_size=auto: {size} of {num_streams} streams at a time are predicted to fit into the "
+        f"{free / 1e9:.1f} GB that are free"
+    )
+    config.train.micro_batch_size = size
+
+
+def free_bytes(device: torch.device) -> int:
+    """The memory that this process can use on the device, with what its tensors take already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not on Linux
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def training_states(model: Transformer, config: DictConfig, num_streams: int) -> MicroBatches:
+    """The empty memories of a training. Raises ValueError if `train.micro_batch_size` does not divide the streams."""
+    size = config.train.micro_batch_size
+    if size is not None and num_streams % size:
+        whose = "" if world_size() == 1 else f" of each of the {world_size()} processes"
+        raise ValueError(f"train.micro_batch_size={size} must divide the {num_streams} streams{whose}")
+    return MicroBatches(model, num_streams, size, config.train.offload_memory)
+
+
+def evaluation_states(model: Transformer, config: DictConfig, num_streams: int) -> MicroBatches:
+    """The empty memories of an evaluation, in micro-batches of the size that training has."""
+    return MicroBatches(model, num_streams, config.train.micro_batch_size, config.train.offload_memory)

@@ -1,0 +1,217 @@
+"""Several processes that train one model: the ranks that torchrun or Slurm starts, see docs/scaling.md.
+
+Each rank owns an equal share of the parallel streams, with their memories. Gradients and figures are summed over the
+ranks, and nothing else is exchanged. In a process alone every function here returns what it is given.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PATIENCE = timedelta(days=2)  # for what ranks rightly wait for, such as the preparation of data
+SECONDS_TO_REPORT = 10  # for rank 0 to tell the error of another rank, which otherwise tells it itself
+
+store: Any = None  # of torch.distributed: what ranks can ask for without waiting for one another
+training_group: Any = None  # for everything within a training step, with `run.rank_timeout`
+
+
+class RankLostError(OSError):
+    """Another rank has ended, or does not answer."""
+
+
+def is_launched() -> bool:
+    """Whether this process is one of several that torchrun, or its like, has started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this rank, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this rank writes the files and talks to the user; so it stays when it has parted from the others."""
+    return not is_launched() or os.environ["RANK"] == "0"
+
+
+def connect() -> None:
+    """Meet the other ranks, if there are any.
+
+    Raises:
+        OSError: They cannot be reached, or the port of rank 0 is in use.
+    """
+    global store
+    if not is_launched() or dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store, own_rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+        dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:  # torch's errors of connections are RuntimeErrors
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise OSError(
+                f"{address} is in use by another program; set MASTER_PORT, or torchrun --standalone"
+            ) from None
+        raise OSError(f"rank 0 cannot be reached at {address} ({str(error).splitlines()[0]})") from None
+
+
+def disconnect() -> None:
+    """Part from the other ranks."""
+    global store, training_group
+    store = training_group = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_timeout(seconds: float) -> None:
+    """Let the ranks wait for one another for at most this long within a training step."""
+    global training_group
+    if world_size() > 1:
+        with explain_loss_of_a_rank():
+            training_group = dist.new_group(timeout=timedelta(seconds=seconds))
+
+
+@contextmanager
+def explain_loss_of_a_rank() -> Iterator[None]:
+    """Turn torch's errors of a connection into the error of the rank that was lost, if it could still give one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if store is not None and store.check(["error"]):
+            raise RankLostError(store.get("error").decode()) from None
+        if "imed out" in str(error):
+            raise RankLostError("another rank does not answer, see run.rank_timeout") from None
+        raise RankLostError("another rank has ended") from None
+
+
+def is_reporter(message: str) -> bool:
+    """Whether this rank is to print an error: rank 0 is, also for others, unless it cannot be reached."""
+    if world_size() == 1:
+        return True
+    number, is_first = rank(), not store.check(["error"])
+    if number == 0:
+        store.set("reported", "")
+        return True
+    if is_first:
+        store.set("error", f"rank {number}: {message}")
+    dist.destroy_process_group()  # so that the others do not wait for this rank
+    try:
+        store.wait(["reported"], timedelta(seconds=SECONDS_TO_REPORT))
+    except RuntimeError:
+        return is_first
+    return False
+
+
+def own_streams(num_streams: int, key: str) -> slice:
+    """This rank's share of the parallel streams. Raises ValueError, naming the key, unless all shares are equal."""
+    count, remainder = divmod(num_streams, world_size())
+    if remainder:
+        raise ValueError(f"{key}={num_streams} cannot be divided among {world_size()} processes; use a multiple of it")
+    return slice(rank() * count, (rank() + 1) * count)
+
+
+def sum_numbers(numbers: Sequence[float]) -> list[float]:
+    """The sums of numbers over all ranks."""
+    return _reduce_numbers(numbers, dist.ReduceOp.SUM)
+
+
+def max_numbers(numbers: Sequence[float]) -> list[float]:
+    """The largest of each of some numbers over all ranks."""
+    return _reduce_numbers(numbers, dist.ReduceOp.MAX)
+
+
+def _reduce_numbers(numbers: Sequence[float], operation: Any) -> list[float]:
+    if world_size() == 1:
+        return list(numbers)
+    values = torch.tensor(numbers, dtype=torch.float64)
+    with explain_loss_of_a_rank():
+        dist.all_reduce(values, operation, group=training_group)
+    return values.tolist()
+
+
+def keep_pace() -> None:
+    """Wait for the slowest rank. Called once a block, so that ranks that wait for longer know that one hangs."""
+    sum_numbers([0.0])
+
+
+def sum_tensor(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, on its device."""
+    if world_size() > 1:
+        tensor = tensor.clone()
+        with explain_loss_of_a_rank():
+            dist.all_reduce(tensor, group=training_group)
+    return tensor
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace the gradients by their sums over all ranks, in one message.
+
+    A parameter that no rank has used keeps no gradient, as in a process alone: an optimizer passes over it.
+    """
+    if world_size() == 1:
+        return
+    parameters = list(parameters)
+    used = torch.tensor([parameter.grad is not None for parameter in parameters]).to(parameters[0])
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    message = torch.cat([used, *(gradient.flatten() for gradient in gradients)])
+    with explain_loss_of_a_rank():
+        dist.all_reduce(message, group=training_group)
+    was_used, *sums = message.split([len(used), *(gradient.numel() for gradient in gradients)])
+    for parameter, is_used, total in zip(parameters, was_used.tolist(), sums, strict=True):
+        parameter.grad = total.view_as(parameter) if is_used else None
+
+
+def wait_for_all() -> None:
+    """Wait for all ranks, however long one of them takes, such as to write its file."""
+    gather(None)
+
+
+def gather(value: Any) -> list[Any]:
+    """A value of each rank, in their order, however long one of them takes."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        with explain_loss_of_a_rank():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: Any) -> Any:
+    """The value of rank 0."""
+    return gather(value)[0]
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Let an error of any rank, as it starts, be one of all: rank 0 has the message of the first that failed."""
+    error: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError, MemoryError) as own_error:
+        error = own_error
+    messages = gather(None if error is None else str(error))
+    failed = [number for number, message in enumerate(messages) if message is not None]
+    if error is not None and (rank() == failed[0] or world_size() == 1):
+        raise error
+    if failed:
+        raise ValueError(f"rank {failed[0]}: {messages[failed[0]]}")
+
+
+def check_same(facts: dict[str, Any]) -> None:
+    """Raises ValueError, naming rank and fact, if a rank has another value of one of these facts than rank 0."""
+    expected, *others = gather(facts)
+    for number, other in enumerate(others, start=1):
+        for name, value in expected.items():
+            if other[name] != value:
+                raise ValueError(f"rank {number} has another {name} than rank 0; start all with the same command")
