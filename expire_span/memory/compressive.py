@@ -40,14 +40,18 @@ class Compressive(Mechanism):
     def max_reach(self) -> int:
         return self.max_span + self.compression_rate * (self.compressed_size + 1) - 1  # of the oldest state in a mean
 
-    def pool(self, memory: Memory, time: Tensor) -> Memory:
-        """Pool the groups of c states whose oldest state leaves the last L timesteps during this block."""
-        batch_size, block_size, rate = memory.offsets.shape[-1] - 1, len(time), self.compression_rate
+    def check_block_size(self, block_size: int) -> None:
+        rate = self.compression_rate
         if block_size > self.max_span or (block_size % rate and block_size + rate - 1 > self.max_span):
             raise ValueError(
                 f"max_span={self.max_span} is too short for blocks of {block_size} timesteps, since only states older "
                 f"than the block are pooled; use max_span >= {block_size + rate - 1} or shorter blocks"
             )
+
+    def pool(self, memory: Memory, time: Tensor) -> Memory:
+        """Pool the groups of c states whose oldest state leaves the last L timesteps during this block."""
+        batch_size, block_size, rate = memory.offsets.shape[-1] - 1, len(time), self.compression_rate
+        self.check_block_size(block_size)
         num_groups = -(-block_size // rate)  # an upper bound, which does not depend on `time`
         first_oldest = (time[0] + rate - 1) // rate * rate - self.max_span
         oldest = first_oldest + torch.arange(num_groups, device=time.device) * rate  # (num_groups,): timesteps

@@ -69,6 +69,9 @@ class Mechanism(nn.Module):
         faded = math.ceil(self.max_span + self.ramp) - 1
         return faded if self.max_distance is None else min(faded, self.max_distance)
 
+    def check_block_size(self, block_size: int) -> None:
+        """Raise ValueError for blocks of a length that the mechanism cannot process."""
+
     def pool(self, memory: Memory, time: Tensor) -> Memory | None:
         """Make additional memories out of existing ones, such as means of several.
 

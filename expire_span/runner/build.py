@@ -85,6 +85,8 @@ def build_model(config: DictConfig, task: Any, device: torch.device) -> Transfor
     # Refuse or compile the attention backend now, before any step is timed.
     select_backend(transformer_config.attention_backend, device.type, dtype)
     mechanisms = [instantiate(config.model) for _ in range(config.transformer.num_layers)]
+    for block_size in (config.train.block_size, config.eval.block_size):
+        mechanisms[0].check_block_size(block_size)
     return Transformer(transformer_config, mechanisms).to(device, dtype)
 
 

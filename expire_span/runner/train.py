@@ -69,10 +69,10 @@ def train(
         with ranks.failing_together():
             resumed = trainer.load_checkpoint(changeable)
         if ranks.is_main():
+            truncate_metrics(folder / "metrics.jsonl", trainer.update, config.train.updates)  # refuses damaged ones
             write_texts(folder, config_files)
             write_diff(folder)
             write_vocab(folder, trainer.task)
-            truncate_metrics(folder / "metrics.jsonl", trainer.update, config.train.updates)
         origin = {**provenance(command), **summary_extras}
         reset_peak_memory(trainer.device)
         num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())

@@ -251,6 +251,8 @@ def test_bad_input_is_reported_in_one_line_that_names_the_value(overrides, messa
     [line] = result.stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line
+    left = [path.name for path in (tmp_path / "run").glob("*")]
+    assert left in ([], ["run.log"])  # nothing that looks like a run
 
 
 def test_a_start_that_is_refused_by_its_data_leaves_no_folder(tmp_path):

@@ -244,3 +244,10 @@ def test_a_full_disk_costs_only_the_checkpoint_being_written(folder, full_disk):
         trainer.save_checkpoint()
     assert checkpoint.load(folder)["update"] == 1
     assert not list(folder.glob("*.part"))
+
+
+def test_a_start_in_a_folder_with_damaged_metrics_is_refused_before_anything_is_written(folder):
+    (folder / "metrics.jsonl").write_text("no row\nnor this\n")
+    with pytest.raises(ValueError, match="metrics.jsonl: line 1"):
+        train(tiny_config(), folder, config_files={".hydra/config.yaml": "x"})
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
