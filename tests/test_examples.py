@@ -9,7 +9,10 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("text", [None, "the butler walks to the kitchen. " * 200])
+BUTLER = "the butler walks to the kitchen. " * 200
+
+
+@pytest.mark.parametrize("text", [None, pytest.param(BUTLER, marks=pytest.mark.slow)])
 def test_the_span_example_prints_its_figures_and_draws_them(text, tmp_path):
     arguments = ["--updates", "3", "--output", str(tmp_path / "spans.png")]
     if text is not None:

@@ -64,7 +64,9 @@ def select_device(name: str) -> torch.device:
     available = [kind for kind, yes in is_available.items() if yes]
     if name == "auto":
         name = available[0]
-    if name == "cuda" and world_size() > 1:
+    if world_size() > 1 and ":" in name:
+        raise ValueError(f"run.device={name} is one device for {world_size()} processes; use run.device=cuda")
+    if name == "cuda" and world_size() > 1 and not has_own_gpu():
         name, num_gpus = f"cuda:{os.environ.get('LOCAL_RANK', 0)}", torch.cuda.device_count()
         if int(name.split(":")[1]) >= num_gpus:
             raise ValueError(f"there are {num_gpus} GPUs for more processes than these; start one process for each GPU")
@@ -75,6 +77,11 @@ def select_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except RuntimeError as error:  # such as a number that no device has
         raise ValueError(f"run.device={name} is not available here ({str(error).splitlines()[0]})") from None
+
+
+def has_own_gpu() -> bool:
+    """Whether a task of a Slurm job sees its own GPU alone."""
+    return "SUBMITIT_EXECUTOR" in os.environ and torch.cuda.device_count() == 1
 
 
 def build_model(config: DictConfig, task: Any, device: torch.device) -> Transformer:

@@ -42,6 +42,7 @@ from .logging.metrics import Metrics
 from .logging.wandb_logger import MAX_NAME_LENGTH
 from .output import keep_running_without_output
 from .preemption import requeue_after_saving
+from .ranks import is_reporter
 from .run_folder import checkpoint
 from .run_folder.config_files import ConfigFiles, load_config, load_config_files, merge_overrides
 from .run_folder.files import lock
@@ -59,8 +60,6 @@ def main() -> None:
     sys.argv[0] = "expire-span"  # as Hydra's usage names it, also for `python -m expire_span`
     os.environ.setdefault("LOGNAME", str(os.getuid()))  # of a user without an entry, whose name torch.compile asks for
     keep_running_without_output()
-    if ranks.is_launched() and os.environ["RANK"] != "0":
-        logging.disable(logging.WARNING)  # rank 0 says it
     with stop_signals():
         run_command()
 
@@ -71,13 +70,17 @@ def run_command() -> None:
         sys.path.append(os.getcwd())  # a task or mechanism of the user's own may lie in the current folder
         sys.path.append(str(Path(__file__).parents[1] / "plugins"))  # the launchers of sweeps, which Hydra looks for
         Plugins.instance().register(InstalledConfigs)
-        check_current_names(sys.argv[1:])
         ranks.connect()
+        check_current_names(sys.argv[1:])
         sys.argv[1:] = hydra_arguments(sys.argv[1:])
         check_flags(sys.argv[1:])
+        if not ranks.is_main() and only_prints(sys.argv[1:]):
+            return
         if not ranks.is_main():  # their folder is that of rank 0, whose name may hold the time
-            sys.argv.insert(1, f"hydra.run.dir={quote(ranks.broadcast(None))}")
+            others = [argument for argument in sys.argv[1:] if not argument.startswith("hydra.run.dir=")]
+            sys.argv[1:] = [f"hydra.run.dir={quote(ranks.broadcast(None))}", *others]
         hydra_main()
+        ranks.disconnect()
     except Stopped as stop:
         ignore_further_signals()
         if ranks.is_main():
@@ -156,6 +159,12 @@ def check_arguments(parsed: Mapping[str, Override], flags: list[str], is_sweep: 
             )
 
 
+def only_prints(arguments: list[str]) -> bool:
+    """Whether the flags ask for help or for the config, and nothing is run."""
+    flags = get_args_parser().parse_args(arguments)
+    return bool(flags.help or flags.hydra_help or flags.cfg or flags.info)
+
+
 def check_flags(arguments: list[str]) -> None:
     """Raises ValueError for a flag that Hydra does not take, for which its parser would print the whole usage."""
 
@@ -172,6 +181,7 @@ def check_flags(arguments: list[str]) -> None:
 def hydra_main(config: DictConfig) -> None:
     """One run, alone or as a job of a sweep, whose error then names the job."""
     try:
+        ranks.connect()  # in a job that submitit starts
         with requeue_after_saving():
             metrics = run_job(config)
     except Exception as error:
@@ -180,6 +190,7 @@ def hydra_main(config: DictConfig) -> None:
             with suppress(OSError):  # a folder in which nothing was written
                 Path(HydraConfig.get().runtime.output_dir).rmdir()
             exit_with_message(error)
+        is_reporter(one_line(root_cause(error)))
         log.error(f"job {job.num} failed: {one_line(root_cause(error))}")
         if not isinstance(root_cause(error), USER_ERRORS) or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
@@ -192,7 +203,7 @@ def run_job(config: DictConfig) -> Metrics:
     """Train, resume or evaluate in the folder that Hydra has made for this job; returns the final metrics."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    if ranks.is_main():
+    if ranks.is_main() and hydra_config.mode == RunMode.RUN:
         ranks.broadcast(str(folder.absolute()))  # to the others, see `run_command`
     # As they were typed: the summary must not tell what ${oc.env:KEY} stands for.
     overrides = cast(list[str], OmegaConf.to_container(hydra_config.overrides.task, resolve=False))
@@ -251,7 +262,12 @@ def lock_by_main(folder: Path, config: DictConfig) -> Iterator[None]:
     with lock(folder) if ranks.is_main() else nullcontext():
         if ranks.world_size() > 1:
             code = provenance()["commit"] or versions().get("expire-span")
-            ranks.check_same({"config": OmegaConf.to_yaml(config), "code": code, "torch": torch.__version__})
+            ranks.check_same({
+                "config": OmegaConf.to_yaml(config),
+                "run folder": str(folder.absolute()),
+                "version of the code": code,
+                "version of torch": torch.__version__,
+            })  # fmt: skip
             if not all(ranks.gather((folder / ".lock").exists())):
                 raise ValueError(f"{folder} is not one folder for all processes; choose one that all machines share")
         yield

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..memory import Memory
 from ..transformer import State, Transformer
 from .cost_model import largest_micro_batch
+from .logging.performance import free_memory
 from .ranks import world_size
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,10 @@ class MicroBatches:
         size = min(size or num_streams, num_streams)
         self.rows = [slice(first, min(first + size, num_streams)) for first in range(0, num_streams, size)]
         device = model.position.device
-        self.copies = torch.cuda.Stream(device) if offload and device.type == "cuda" and len(self.rows) > 1 else None
+        self.copies = copy_stream(device) if offload and device.type == "cuda" and len(self.rows) > 1 else None
         self.ahead: dict[int, State] = {}  # copied to the device before its turn
         self.states: list[State] = [{}] * len(self.rows)
+        self.finite: dict[int, Tensor] = {}  # of those that are offloaded: found out before they left the device
         for index, rows in enumerate(self.rows):
             self[index] = model.initial_state(rows.stop - rows.start)
 
@@ -75,6 +77,7 @@ class MicroBatches:
 
         with torch.cuda.stream(copies):
             self.states[index] = state | {"layers": [moved(memory, to_host) for memory in state["layers"]]}
+            self.finite[index] = are_finite(state)
 
     def copied_to_device(self, index: int) -> State:
         assert self.copies is not None
@@ -86,11 +89,29 @@ class MicroBatches:
         with torch.cuda.stream(self.copies):
             return state | {"layers": [moved(memory, to_device) for memory in state["layers"]]}
 
+    def are_finite(self) -> list[Tensor]:
+        """Whether the memories of each micro-batch are, as scalars."""
+        if self.copies is None:
+            return [are_finite(state) for state in self.states]
+        torch.cuda.current_stream(self.copies.device).wait_stream(self.copies)
+        return list(self.finite.values())
+
     def wait(self) -> list[State]:
         """All states where they lie, on the host if they are offloaded, with their copies complete."""
         if self.copies is not None:
             self.copies.synchronize()
         return self.states
+
+
+@cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all copies: memory that is freed in one stream cannot be reused in another."""
+    return torch.cuda.Stream(device)
+
+
+def are_finite(state: State) -> Tensor:
+    """Whether all numbers of a state's memories are finite, a scalar."""
+    return torch.stack([memory.hidden.isfinite().all() for memory in state["layers"]]).all()
 
 
 def moved(memory: Memory, move: Callable[[Tensor], Tensor]) -> Memory:
@@ -124,18 +145,13 @@ def free_bytes(device: torch.device) -> int:
     """The memory that this process can use on the device, with what its tensors take already."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not on Linux
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def training_states(model: Transformer, config: DictConfig, num_streams: int) -> MicroBatches:
     """The empty memories of a training. Raises ValueError if `train.micro_batch_size` does not divide the streams."""
     size = config.train.micro_batch_size
-    if size is not None and num_streams % size:
+    if size is not None and size < num_streams and num_streams % size:
         whose = "" if world_size() == 1 else f" of each of the {world_size()} processes"
         raise ValueError(f"train.micro_batch_size={size} must divide the {num_streams} streams{whose}")
     return MicroBatches(model, num_streams, size, config.train.offload_memory)

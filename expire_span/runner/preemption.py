@@ -2,9 +2,10 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from .ranks import RankLostError, wait_for_all
 from .stop_signals import Stopped, stop_signals
 
 
@@ -32,7 +33,9 @@ def requeue_after_saving() -> Iterator[None]:
             yield
         except Stopped:
             if preempted:
-                requeue(signal.SIGUSR2, None)
+                requeue(signal.SIGUSR2, None)  # which ends rank 0; a task that ended before it could end the job
+                with suppress(RankLostError):
+                    wait_for_all()
             raise
         finally:
             signal.signal(signal.SIGUSR2, requeue)

@@ -4,10 +4,12 @@ Each rank owns an equal share of the parallel streams, with their memories. Grad
 ranks, and nothing else is exchanged. In a process alone every function here returns what it is given.
 """
 
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 
 import torch
@@ -52,9 +54,11 @@ def connect() -> None:
         OSError: They cannot be reached, or the port of rank 0 is in use.
     """
     global store
+    join_job()
     if not is_launched() or dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an error is raised, where torch would abort the process
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store, own_rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
@@ -65,6 +69,18 @@ def connect() -> None:
                 f"{address} is in use by another program; set MASTER_PORT, or torchrun --standalone"
             ) from None
         raise OSError(f"rank 0 cannot be reached at {address} ({str(error).splitlines()[0]})") from None
+    wait_for_all()
+    if rank():
+        logging.disable(logging.WARNING)  # rank 0 says it
+
+
+def join_job() -> None:
+    """Let the tasks of a job that submitit has started, on a Slurm cluster, be ranks."""
+    if "SUBMITIT_EXECUTOR" in os.environ and not is_launched():
+        import submitit
+
+        if submitit.JobEnvironment().num_tasks > 1:
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def disconnect() -> None:
@@ -76,9 +92,9 @@ def disconnect() -> None:
 
 
 def set_timeout(seconds: float) -> None:
-    """Let the ranks wait for one another for at most this long within a training step."""
+    """Let the ranks wait for one another for at most this long from now on, but for `wait_for_all` and its like."""
     global training_group
-    if world_size() > 1:
+    if world_size() > 1 and training_group is None:
         with explain_loss_of_a_rank():
             training_group = dist.new_group(timeout=timedelta(seconds=seconds))
 
@@ -88,30 +104,58 @@ def explain_loss_of_a_rank() -> Iterator[None]:
     """Turn torch's errors of a connection into the error of the rank that was lost, if it could still give one."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        if store is not None and store.check(["error"]):
-            raise RankLostError(store.get("error").decode()) from None
+        message = asked(lambda: store.get("error").decode() if store.check(["error"]) else "", "")
+        if message:
+            raise RankLostError(message) from None
         if "imed out" in str(error):
             raise RankLostError("another rank does not answer, see run.rank_timeout") from None
-        raise RankLostError("another rank has ended") from None
+        if "onnection" in str(error):
+            raise RankLostError("another rank has ended") from None
+        raise RankLostError(f"the other ranks cannot be reached ({str(error).splitlines()[0]})") from None
 
 
 def is_reporter(message: str) -> bool:
     """Whether this rank is to print an error: rank 0 is, also for others, unless it cannot be reached."""
     if world_size() == 1:
         return True
-    number, is_first = rank(), not store.check(["error"])
+    number = rank()
     if number == 0:
-        store.set("reported", "")
+        asked(lambda: store.set("reported", ""), None)
         return True
+    is_first = asked(lambda: not store.check(["error"]), True)
     if is_first:
-        store.set("error", f"rank {number}: {message}")
-    dist.destroy_process_group()  # so that the others do not wait for this rank
+        asked(lambda: store.set("error", f"rank {number}: {message}"), None)
+    if not torch.cuda.is_available():  # where it would wait for the others
+        dist.destroy_process_group()  # so that the others do not wait for this rank
+    return is_first and not asked(is_reported, False)
+
+
+def is_reported() -> bool:
+    """Whether rank 0 prints an error, or has ended, in a few seconds."""
     try:
         store.wait(["reported"], timedelta(seconds=SECONDS_TO_REPORT))
+    except dist.DistNetworkError:  # rank 0, which had the store, has ended
+        return True
     except RuntimeError:
-        return is_first
-    return False
+        return False
+    return True
+
+
+def asked(question: Callable[[], Any], default: Any) -> Any:
+    """What the store answers, or the default: the rank that has it may hang, for which torch would wait."""
+    answers = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            answers.append(question())
+
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(SECONDS_TO_REPORT + 1)
+    return answers[0] if answers else default
 
 
 def own_streams(num_streams: int, key: str) -> slice:
@@ -171,6 +215,13 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     was_used, *sums = message.split([len(used), *(gradient.numel() for gradient in gradients)])
     for parameter, is_used, total in zip(parameters, was_used.tolist(), sums, strict=True):
         parameter.grad = total.view_as(parameter) if is_used else None
+
+
+def copy_from_main(module: torch.nn.Module) -> None:
+    """Give all ranks the weights of rank 0: other processors may have drawn others in the last bits."""
+    if world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
 
 
 def wait_for_all() -> None:

@@ -63,9 +63,9 @@ def train(
         the final metrics.
     """
     with stop_signals() as stop, say_how_to_go_on(folder):
-        ranks.set_timeout(config.run.rank_timeout)
         with ranks.failing_together():
             trainer = Trainer(config, folder)
+        ranks.copy_from_main(trainer.model)
         with ranks.failing_together():
             resumed = trainer.load_checkpoint(changeable)
         if ranks.is_main():
@@ -81,12 +81,16 @@ def train(
             f"updates {trainer.update} to {config.train.updates}"
         )
         with metric_logger(trainer) as log_metrics, trainer.writing_checkpoints():
+            ranks.wait_for_all()  # for rank 0 to reach W&B
             profiled = config.run.profile and ranks.is_main()
             with stop.deferred(), profiler(profiled, folder, trainer.device) as next_update:
                 is_stopped = False
                 while trainer.update < config.train.updates and not is_stopped:
                     is_stopped = step_log_and_save(trainer, log_metrics, stop)
+                    ranks.set_timeout(config.run.rank_timeout)  # the first update may have compiled for minutes
                     next_update()
+                    if config.run.profile:
+                        ranks.wait_for_all()  # for rank 0 to write what it has recorded
                 trainer.finish_checkpoint()
                 stop.number = agreed_signal(stop)
             metrics = training_costs(folder)
@@ -113,6 +117,7 @@ def step_log_and_save(trainer: Trainer, log_metrics: Callable[[Metrics], None], 
         metrics = evaluate(trainer, "valid")
         log_metrics(metrics)
         trainer.save_if_best(metrics)
+        ranks.wait_for_all()
     if is_last or is_stopped or trainer.update % config.run.checkpoint_every == 0:
         trainer.start_checkpoint()
     return is_stopped

@@ -77,7 +77,8 @@ class Trainer:
         """As `save_checkpoint`, but the files are written in the background, see `finish_checkpoint`."""
         self.check_finite()
         self.finish_checkpoint()
-        content = {
+        save_id = ranks.broadcast(uuid.uuid4().hex)
+        content: dict[str, Any] = {
             "format": checkpoint.FORMAT,
             "update": self.update,
             "run_id": self.run_id,
@@ -88,12 +89,14 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(),
             "task": self.task.state_dict(),
-            "step": self.states[0]["step"],
+            "step": self.states.wait()[0]["step"],
             "metrics": self.averager.values(),
             "num_ranks": ranks.world_size(),
+            "save_id": save_id,
         }
         streams: dict[str, Any] = {
             "format": checkpoint.FORMAT,
+            "save_id": save_id,
             "first": self.streams.start,
             "objective": self.objective.streams_state_dict(),
             "memories": [],
@@ -102,7 +105,10 @@ class Trainer:
         }
         if self.config.run.checkpoint_memories:
             streams["memories"] = memories_of(self.states.wait(), self.states.rows, self.streams.start)
-        content, streams = on_host(content, copy=True), on_host(streams)  # what belongs to streams is never changed
+        if not ranks.is_main():  # which alone writes it
+            content = {"update": self.update, "num_ranks": ranks.world_size()}
+        content = on_host(content, copy=True)
+        streams = on_host(streams) | {"objective": on_host(streams["objective"], copy=True)}
         self.saved_update = self.update
         self.writing = self.writer.submit(self.write_checkpoint, content, streams, self.current_weights())
 
@@ -118,6 +124,8 @@ class Trainer:
             yield
         finally:
             self.writer.shutdown()
+            if self.writing and (error := self.writing.exception()):
+                log.warning(f"the last checkpoint is not complete: {error}")
 
     def finish_checkpoint(self) -> None:
         """Wait until the last checkpoint is written, by all ranks, and remove those that it replaces.
@@ -224,17 +232,13 @@ class Trainer:
                 if not math.isfinite(value):
                     update = self.update - (len(values) - 1 - index) // values_per_update
                     raise self.diverged(f"{name} is {value} at update {update}", last_good_update=update - 2)
-        kept = [*self.model.state_dict().values(), *self.hidden_states()]
+        kept = [*self.model.state_dict().values()]
         kept += [value for state in self.optimizer.state.values() for value in state.values()]
-        finite = [tensor.isfinite().all() for tensor in kept if isinstance(tensor, Tensor)]
+        finite = self.states.are_finite() + [tensor.isfinite().all() for tensor in kept if isinstance(tensor, Tensor)]
         is_finite = bool(torch.stack([flag.to(self.device) for flag in finite]).all())
         if ranks.max_numbers([not is_finite])[0]:
             problem = f"weights, optimizer state or memories are no longer finite after update {self.update}"
             raise self.diverged(problem, last_good_update=self.update - 1)
-
-    def hidden_states(self) -> list[Tensor]:
-        """Of all memories, where they lie."""
-        return [memory.hidden for state in self.states.wait() for memory in state["layers"]]
 
     def diverged(self, problem: str, last_good_update: int) -> ValueError:
         """The error of a training that has diverged.

@@ -149,6 +149,7 @@ def test_a_start_that_is_refused_leaves_the_run_folder_unchanged(override, folde
     assert "evaluate into another hydra.run.dir" in evaluated_into_itself.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_with_special_characters_in_its_name_can_be_resumed_and_evaluated(tmp_path):
     folder, other = tmp_path / "it's (1) lr=1,x", tmp_path / "${x}"
     assert run_command(*COPY, "train.updates=2", folder=quote(str(folder))).returncode == 0

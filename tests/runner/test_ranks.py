@@ -9,16 +9,25 @@ from tiny_config import config_options, tiny_config
 
 from expire_span.runner import micro_batches
 from expire_span.runner.cost_model import expected_memories, memory_by_part, run_sizes
+from expire_span.runner.evaluate import evaluate_run
 from expire_span.runner.run_folder import checkpoint
 from expire_span.runner.run_folder.files import read_metrics, read_summary
 from expire_span.runner.train import interval_metrics, train, train_step
 from expire_span.runner.trainer import Trainer
 
-SHARED = ["train.batch_size=6", "eval.batch_size=6", "run.precision=float64", "run.log_every=1", "eval.interval=2"]
+SHARED = [
+    "eval.max_blocks=8",
+    "eval.splits=[test]",
+    "train.batch_size=6",
+    "eval.batch_size=6",
+    "run.precision=float64",
+    "run.log_every=1",
+    "eval.interval=2",
+]
 EXTRA = {
     "copy": ["memory.random_drop=true"],
     "instruction": ["train.grad_accumulation=2"],
-    "corridor": ["actor_critic.update_epochs=2", "eval.max_blocks=1", "eval.interval=4", "eval.splits=[test]"],
+    "corridor": ["actor_critic.update_epochs=2", "eval.max_blocks=1", "eval.interval=4"],
 }
 TASKS = ["text", "copy", "instruction", "corridor"]
 
@@ -118,7 +127,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_micro_batch(
     rows = read_metrics(expected / "metrics.jsonl")
     assert losses == pytest.approx([row["train/loss"] for row in rows if "train/loss" in row], rel=1e-10)
     of_ranks = sorted(path.name for path in tmp_path.glob("*.rank_*"))  # of update 3, which is kept; not of 1
-    assert of_ranks == [f"checkpoint_3.rank_{rank}.pt" for rank in range(3)]
+    assert of_ranks == [f"checkpoint_3.rank_{rank}_of_3.pt" for rank in range(3)]
 
 
 def test_a_checkpoint_that_lacks_the_file_of_a_rank_counts_as_damaged(whole_batch, tmp_path):
@@ -126,9 +135,20 @@ def test_a_checkpoint_that_lacks_the_file_of_a_rank_counts_as_damaged(whole_batc
     config = tiny_config(*overrides, "run.checkpoint_every=2", task="text", text=text)
     run_ranks(2, train_as_rank, config, tmp_path)
     assert checkpoint.load(tmp_path, slice(0, 6))["update"] == 4
-    (tmp_path / "checkpoint_4.rank_1.pt").unlink()
+    (tmp_path / "checkpoint_4.rank_1_of_2.pt").unlink()
     assert checkpoint.load(tmp_path, slice(0, 6))["update"] == 2
     assert checkpoint.load(tmp_path, slice(0, 3))["update"] == 4  # of which the other rank has nothing
+    assert "update 2 is saved" in checkpoint.how_to_go_on(tmp_path)
+
+
+def test_files_of_ranks_that_were_saved_at_another_time_count_as_damaged(whole_batch, tmp_path):
+    (overrides, text), _ = whole_batch("text", "trans_xl")
+    config = tiny_config(*overrides, "train.updates=2", "run.checkpoint_every=1", task="text", text=text)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        run_ranks(2, train_as_rank, config, tmp_path / name)
+    shutil.copy(tmp_path / "a/checkpoint_2.rank_1_of_2.pt", tmp_path / "b")
+    assert checkpoint.load(tmp_path / "b", slice(0, 6))["update"] == 1
 
 
 def test_without_memories_a_checkpoint_is_smaller_and_the_summary_says_that_they_were_lost(whole_batch, tmp_path):
@@ -176,3 +196,7 @@ def test_auto_finds_a_micro_batch_that_fits_says_so_and_changes_no_result(whole_
         train(config, tmp_path)
     assert "auto: 2 of 6 streams at a time are predicted to fit" in caplog.text
     assert_same_run(expected, tmp_path)
+    evaluated = evaluate_run(
+        tiny_config(*overrides, "train.micro_batch_size=auto", task="text", text=text), tmp_path, tmp_path
+    )
+    assert evaluated["test/loss"] == pytest.approx(read_metrics(expected / "metrics.jsonl")[-1]["test/loss"])

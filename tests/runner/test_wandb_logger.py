@@ -103,6 +103,7 @@ def test_the_variable_wandb_mode_decides_where_the_config_says_auto(tmp_path, mo
     assert not (tmp_path / "wandb").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_a_sweep_that_is_resumed_stays_in_the_group_of_the_sweep(tmp_path):
     start = [sys.executable, "-m", "expire_span"]
     sweep_folder = [f"hydra.sweep.dir={tmp_path}/together", "hydra.sweep.subdir=one"]

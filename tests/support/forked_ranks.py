@@ -3,10 +3,25 @@
 import multiprocessing
 import os
 import socket
+import time
 import traceback
+
+import forked_command
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["expire_span.runner.cli", "expire_span.runner.train", "tiny_config"])
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def environment_of(rank, world_size, port):
+    """What torchrun tells a process."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {k: str(v) for k, v in numbers.items()}
 
 
 def run_ranks(world_size, function, *arguments, seconds=120.0):
@@ -14,9 +29,7 @@ def run_ranks(world_size, function, *arguments, seconds=120.0):
 
     An exception of a process is raised here, with its traceback.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     receivers, processes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
@@ -46,8 +59,7 @@ def run_ranks(world_size, function, *arguments, seconds=120.0):
 
 def run_rank(rank, world_size, port, sender, function, arguments):
     """What a process does."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), **address}
+    os.environ |= environment_of(rank, world_size, port)
     from expire_span.runner import ranks
 
     error, result = None, None
@@ -59,3 +71,38 @@ def run_rank(rank, world_size, port, sender, function, arguments):
         error = traceback.format_exc()
     sender.send((error, result))
     sender.close()
+
+
+def forked_rank_commands(world_size, command, folder, during=None, extra=None, folders=None, seconds=120.0):
+    """Run a command as all ranks of a group; return how each of them ended.
+
+    Args:
+        during: called with the processes once they have started.
+        extra: further arguments of single ranks.
+        folders: other folders of single ranks to run in.
+    """
+    port, folders = free_port(), folders or {}
+    own_folders = [folders.get(rank, folder) for rank in range(world_size)]
+    outputs = [[folder / f"rank{rank}-{stream}" for stream in ("stdout", "stderr")] for rank in range(world_size)]
+    processes = []
+    for rank in range(world_size):
+        arguments = [*command, *(extra or {}).get(rank, [])]
+        environment = environment_of(rank, world_size, port)
+        target = (arguments, own_folders[rank], outputs[rank], environment)
+        processes.append(forked_command.context.Process(target=forked_command.run_here, args=target))
+        processes[-1].start()
+    if during is not None:
+        during(processes)
+    start = time.perf_counter()
+    for process in processes:
+        process.join(max(0.0, seconds - (time.perf_counter() - start)))
+        if process is processes[0]:  # torchrun ends the others, too, some time later
+            seconds = min(seconds, time.perf_counter() - start + 5)
+    for process in processes:
+        process.kill()
+        process.join()
+    ended = []
+    for process, paths in zip(processes, outputs, strict=True):
+        texts = [path.read_text() for path in paths]
+        ended.append(forked_command.Ended(process.exitcode, *texts, time.perf_counter() - start))
+    return ended

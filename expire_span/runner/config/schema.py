@@ -193,6 +193,7 @@ BOUNDS = {  # the smallest and the largest value
     "run.checkpoint_every": (1, LIMIT),
     "run.keep_checkpoints": (1, LIMIT),
     "run.num_threads": (1, 1024),
+    "run.rank_timeout": (0, 1e6),
 }
 POSITIVE = ("memory.ramp", "train.grad_clip", "actor_critic.clip_coef", "run.rank_timeout")  # above 0
 BASE_CLASSES = {"task": (Task, RLTask), "model": (Mechanism,), "optimizer": (Optimizer,)}

@@ -1,8 +1,8 @@
 """Checkpoints: checkpoint_UPDATE.pt, written atomically and verified on loading; tensors and plain types only.
 
 A file is what torch.save writes, followed by its SHA-256, so that damage at any place is found. Where several ranks
-train, each writes what belongs to its streams to a file of its own, checkpoint_UPDATE.rank_N.pt; a checkpoint of which
-one of these is missing or damaged counts as damaged.
+train, each writes what belongs to its streams to a file of its own, checkpoint_UPDATE.rank_N_of_M.pt. A checkpoint of
+which one of these is missing or damaged counts as damaged.
 """
 
 import hashlib
@@ -36,6 +36,7 @@ ENTRY_TYPES: dict[str, Any] = {
     "step": torch.Tensor,
     "metrics": dict,
     "num_ranks": int,
+    "save_id": str,  # which the files of all ranks share
     "streams": list,  # what belongs to the streams, if there was one rank
 }
 
@@ -58,7 +59,7 @@ def save(folder: Path, content: dict[str, Any], streams: dict[str, Any]) -> None
     """
     path = folder / f"checkpoint_{content['update']}.pt"
     if content["num_ranks"] > 1:
-        write(rank_path(path, ranks.rank()), streams)
+        write(rank_path(path, ranks.rank(), content["num_ranks"]), streams)
     if ranks.is_main():
         write(path, content | {"streams": [streams] if content["num_ranks"] == 1 else []})
 
@@ -96,9 +97,16 @@ def remove(path: Path) -> None:
         part.unlink()
 
 
-def rank_path(path: Path, rank: int) -> Path:
+def rank_path(path: Path, rank: int, num_ranks: int) -> Path:
     """The file of a rank's streams."""
-    return path.with_name(f"{path.stem}.rank_{rank}.pt")
+    return path.with_name(f"{path.stem}.rank_{rank}_of_{num_ranks}.pt")
+
+
+def is_complete(path: Path) -> bool:
+    """Whether the files of all ranks are there, if there were several."""
+    parts = list(path.parent.glob(f"{path.stem}.rank_0_of_*.pt"))  # written before the checkpoint itself
+    num_ranks = max((int(part.stem.rpartition("_")[2]) for part in parts), default=0)
+    return all(rank_path(path, rank, num_ranks).exists() for rank in range(num_ranks))
 
 
 def load(folder: Path, own_streams: slice | None = None) -> dict[str, Any] | None:
@@ -136,10 +144,12 @@ def read_if_intact(path: Path, own_streams: slice | None) -> dict[str, Any] | No
         return content
     num_streams = content["config"]["train"]["batch_size"] // content["num_ranks"]
     for rank in range(own_streams.start // num_streams, -(-own_streams.stop // num_streams)):
-        part = rank_path(path, rank)
+        part = rank_path(path, rank, content["num_ranks"])
         if not part.exists() or not is_intact(part):
             return None
         content["streams"].append(read(part, {}))
+        if content["streams"][-1].get("save_id") != content["save_id"]:  # another time that this update was saved
+            return None
     return content
 
 
@@ -174,7 +184,7 @@ def read(path: Path, entry_types: dict[str, Any]) -> dict[str, Any]:
 
 def how_to_go_on(folder: Path) -> str:
     """What is saved, and the command that goes on from there."""
-    saved = paths(folder)
+    saved = [path for path in paths(folder) if is_complete(path)]
     if not saved:
         return "nothing is saved yet: run the same command again"
     return f"update {update_of(saved[0])} is saved; to resume: expire-span {shlex.quote(f'resume={folder}')}"
