@@ -11,10 +11,10 @@ import time
 import pytest
 from forked_command import forked_command
 from forked_ranks import environment_of, forked_rank_commands, run_ranks
-from tiny_config import COPY, SMALL_SIZES, tiny_config
+from rank_functions import message_of_lock
+from tiny_config import COPY, SMALL_SIZES
 from wait import wait_for_lines
 
-from expire_span.runner.cli import lock_by_main
 from expire_span.runner.run_folder import checkpoint
 from expire_span.runner.run_folder.files import read_metrics
 
@@ -130,15 +130,3 @@ def test_a_port_in_use_is_named_with_what_to_do(tmp_path):
 def test_a_folder_that_another_rank_does_not_see_is_refused(tmp_path):
     for error in run_ranks(2, message_of_lock, tmp_path):
         assert "is not one folder for all processes" in error
-
-
-def message_of_lock(rank, folder):
-    path = (
-        folder / "a" if rank == 0 else folder / "b" / ".." / "a"
-    )  # rank 1 looks for it below a folder that is missing
-    path.mkdir() if rank == 0 else None
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(type(path), "absolute", lambda self: "the same name")
-    with monkeypatch.context(), pytest.raises(ValueError, match=r".") as refusal, lock_by_main(path, tiny_config()):
-        pass
-    return str(refusal.value)

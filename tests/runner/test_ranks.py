@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from forked_ranks import run_ranks
+from rank_functions import message_of_training, train_as_rank, train_until
 from tiny_config import config_options, tiny_config
 
 from expire_span.runner import micro_batches
@@ -12,8 +13,7 @@ from expire_span.runner.cost_model import expected_memories, memory_by_part, run
 from expire_span.runner.evaluate import evaluate_run
 from expire_span.runner.run_folder import checkpoint
 from expire_span.runner.run_folder.files import read_metrics, read_summary
-from expire_span.runner.train import interval_metrics, train, train_step
-from expire_span.runner.trainer import Trainer
+from expire_span.runner.train import train
 
 SHARED = [
     "eval.max_blocks=8",
@@ -49,10 +49,6 @@ def whole_batch(tmp_path_factory):
         return runs[task, model]
 
     return run
-
-
-def train_as_rank(rank, config, folder):
-    return train(config, folder)
 
 
 def assert_same_run(expected, actual, rel=1e-10):
@@ -100,18 +96,6 @@ def test_several_processes_give_the_result_of_one_for_every_model_and_task(
     (overrides, text), expected = whole_batch(task, model)
     run_ranks(world_size, train_as_rank, tiny_config(*overrides, task=task, text=text), tmp_path)
     assert_same_run(expected, tmp_path)
-
-
-def train_until(rank, config, folder, update):
-    """The losses of the updates up to this one, from the folder's checkpoint, which is replaced."""
-    trainer = Trainer(config, folder)
-    trainer.load_checkpoint()
-    losses = []
-    while trainer.update < update:
-        train_step(trainer)
-        losses.append(interval_metrics(trainer)["train/loss"])
-    trainer.save_checkpoint()
-    return losses
 
 
 @pytest.mark.parametrize("task", ["copy", "corridor"])
@@ -177,12 +161,6 @@ def test_streams_that_cannot_be_divided_are_refused(override, message, tmp_path)
     config = tiny_config("train.batch_size=6", "eval.batch_size=6", override)
     for error in run_ranks(2, message_of_training, config, tmp_path):
         assert message in error
-
-
-def message_of_training(rank, config, folder):
-    with pytest.raises(ValueError, match=r".") as refusal:
-        train(config, folder)
-    return str(refusal.value)
 
 
 def test_auto_finds_a_micro_batch_that_fits_says_so_and_changes_no_result(whole_batch, tmp_path, monkeypatch, caplog):

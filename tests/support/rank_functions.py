@@ -1,0 +1,41 @@
+"""What the ranks of a test do: functions that their processes, which do not know the tests, can import."""
+
+import pytest
+from tiny_config import tiny_config
+
+from expire_span.runner.cli import lock_by_main
+from expire_span.runner.train import interval_metrics, train, train_step
+from expire_span.runner.trainer import Trainer
+
+
+def train_as_rank(rank, config, folder):
+    return train(config, folder)
+
+
+def train_until(rank, config, folder, update):
+    """The losses of the updates up to this one, from the folder's checkpoint, which is replaced."""
+    trainer = Trainer(config, folder)
+    trainer.load_checkpoint()
+    losses = []
+    while trainer.update < update:
+        train_step(trainer)
+        losses.append(interval_metrics(trainer)["train/loss"])
+    trainer.save_checkpoint()
+    return losses
+
+
+def message_of_training(rank, config, folder):
+    with pytest.raises(ValueError, match=r".") as refusal:
+        train(config, folder)
+    return str(refusal.value)
+
+
+def message_of_lock(rank, folder):
+    """What locking the folder raises, where rank 1 looks for it on another disk."""
+    path = folder / "a" if rank == 0 else folder / "missing" / ".." / "a"
+    path.mkdir() if rank == 0 else None
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(type(path), "absolute", lambda self: "the same name")
+    with monkeypatch.context(), pytest.raises(ValueError, match=r".") as refusal, lock_by_main(path, tiny_config()):
+        pass
+    return str(refusal.value)
