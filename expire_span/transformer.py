@@ -171,7 +171,8 @@ class TransformerBlock(nn.Module):
         if memory.max_age is None or pooled is not None or self.mechanism.rows is not None:
             return self.mechanism.num_positions
         largest_distance = memory.max_age + block_size - 1
-        return min(-(-largest_distance // POSITION_MULTIPLE) * POSITION_MULTIPLE, self.mechanism.num_positions)
+        rounded = -(-largest_distance // POSITION_MULTIPLE) * POSITION_MULTIPLE
+        return torch.sym_min(rounded, self.mechanism.num_positions)  # where `min` would compile both cases
 
     def attended(self, *memories: Memory) -> Memory:
         """Concatenate the memories and the block as parts, with keys, values and spans.

@@ -110,6 +110,7 @@ def test_a_task_and_a_mechanism_of_the_users_own_need_one_file_and_one_yaml_each
     assert "test/bpb" in python(*arguments, installed=installed, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_an_installed_package_adds_its_task_and_mechanism_by_an_entry_point(installed, tmp_path):
     site, work = tmp_path / "site", tmp_path / "work"
     (site / "my_package").mkdir(parents=True)

@@ -25,11 +25,11 @@ def train_mini(folder, *overrides):
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_expire_span_mini_copies_with_less_than_a_quarter_of_the_full_memory(seed, tmp_path):
+def test_expire_span_mini_copies_with_less_than_a_third_of_the_full_memory(seed, tmp_path):
     metrics = train_mini(tmp_path, "task=copy", "model=expire_span", f"seed={seed}")
     full_memory = (256 - 1) / 2  # the average memory size when nothing is forgotten
     assert metrics["test/accuracy"] >= 0.95
-    assert metrics["test/memory/size"] < full_memory / 4
+    assert metrics["test/memory/size"] < full_memory / 3
 
 
 def test_transformer_xl_of_the_same_memory_size_is_near_chance_beyond_its_span(tmp_path):

@@ -21,7 +21,8 @@ def losses(folder):
     return [row["train/loss"] for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row]
 
 
-@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_preempted_job_saves_and_is_requeued_and_goes_on_to_the_same_losses(num_processes, tmp_path, monkeypatch):
     from preempted_job import TrainingJob
 

@@ -46,7 +46,10 @@ def test_torchrun_trains_one_model_in_one_folder_and_says_everything_once(tmp_pa
     ("number", "rank", "message"),
     [
         (signal.SIGKILL, 1, "error: another rank has ended; update "),
-        (signal.SIGSTOP, 1, "error: another rank does not answer, see run.rank_timeout; update "),
+        pytest.param(
+            *(signal.SIGSTOP, 1, "error: another rank does not answer, see run.rank_timeout; update "),
+            marks=pytest.mark.slow,
+        ),
         (signal.SIGTERM, 1, "stopped; update "),
         (signal.SIGINT, 0, "stopped; update "),
     ],

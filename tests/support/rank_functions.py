@@ -24,10 +24,14 @@ def train_until(rank, config, folder, update):
     return losses
 
 
-def message_of_training(rank, config, folder):
-    with pytest.raises(ValueError, match=r".") as refusal:
-        train(config, folder)
-    return str(refusal.value)
+def messages_of_training(rank, configs, folder):
+    """What trainings raise, one after another."""
+    messages = []
+    for config in configs:
+        with pytest.raises(ValueError, match=r".") as refusal:
+            train(config, folder)
+        messages.append(str(refusal.value))
+    return messages
 
 
 def message_of_lock(rank, folder):
