@@ -34,9 +34,8 @@ bench: setup
 demo: setup
 	$(BIN)/python scripts/demo.py
 
-# One worker more than there are cores: many tests wait for processes of their own.
 test: setup .venv/triton
-	$(BIN)/pytest -n $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) + 1)' 2>/dev/null || echo auto)
+	$(BIN)/pytest -n auto
 
 # CUDA builds of torch bring Triton along. Beside a CPU build it is for the tests of the kernels, in its interpreter.
 .venv/triton: .venv/ready
