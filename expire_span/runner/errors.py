@@ -56,9 +56,8 @@ def exit_with_message(error: Exception) -> NoReturn:
     """Print user errors as one line and exit with code 1; let unexpected exceptions show their traceback."""
     error = root_cause(error)
     is_user_error = isinstance(error, USER_ERRORS)
-    if not is_reporter(one_line(error) if is_user_error else f"{type(error).__name__}: {one_line(error)}") and (
-        is_user_error and not SHOW_TRACEBACK
-    ):
+    message = one_line(error) if is_user_error else f"{type(error).__name__}: {one_line(error)}"
+    if not is_reporter(message) and is_user_error and not SHOW_TRACEBACK:
         sys.exit(1)
     if SHOW_TRACEBACK or not isinstance(error, USER_ERRORS):
         raise error

@@ -11,7 +11,7 @@ from . import ranks
 from .load_run import load_run
 from .logging.metrics import Metrics
 from .logging.performance import peak_memory, reset_peak_memory
-from .micro_batches import resolve_auto
+from .micro_batches import resolve_micro_batch_size
 from .objectives import objective_class
 from .run_folder.files import append_metrics, write_summary, write_texts
 from .run_folder.provenance import provenance
@@ -40,7 +40,7 @@ def evaluate_run(
     with ranks.failing_together():
         run = load_run(run_folder, config)
     num_streams = ranks.own_streams(config.eval.batch_size, "eval.batch_size")
-    resolve_auto(config, run.task, run.device, num_streams.stop - num_streams.start)
+    resolve_micro_batch_size(config, run.task, run.device, num_streams.stop - num_streams.start)
     reset_peak_memory(run.device)
     metrics: Metrics = {}
     for split in config.eval.splits:

@@ -125,7 +125,7 @@ def tensors_of(state: State) -> Iterator[Tensor]:
     return (tensor for memory in state["layers"] for tensor in memory[:4])
 
 
-def resolve_auto(config: DictConfig, task: Any, device: torch.device, num_streams: int) -> None:
+def resolve_micro_batch_size(config: DictConfig, task: Any, device: torch.device, num_streams: int) -> None:
     """Replace train.micro_batch_size=auto by the largest size that is predicted to fit on the device.
 
     Raises ValueError if not even one stream at a time does.

@@ -23,7 +23,7 @@ from .build import build_model, build_optimizer, setup_runtime
 from .logging.answer_metrics import check_metrics
 from .logging.metrics import MetricAverager, Metrics
 from .logging.performance import StepTimer
-from .micro_batches import moved, resolve_auto, training_states
+from .micro_batches import moved, resolve_micro_batch_size, training_states
 from .objectives import objective_class
 from .run_folder import checkpoint, weights
 from .run_folder.files import check_same_vocab
@@ -53,7 +53,7 @@ class Trainer:
         self.averager, self.timer = MetricAverager(), StepTimer(self.device)
         self.objective = objective_class(self.task)(self.task, config, self.device, self.averager, self.timer)
         self.streams = ranks.own_streams(config.train.batch_size, "train.batch_size")
-        resolve_auto(config, self.task, self.device, self.streams.stop - self.streams.start)
+        resolve_micro_batch_size(config, self.task, self.device, self.streams.stop - self.streams.start)
         self.states = training_states(self.model, config, self.streams.stop - self.streams.start)
         self.update = 0  # updates done
         self.run_id = uuid.uuid4().hex[:8]  # of the W&B run

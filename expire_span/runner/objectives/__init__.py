@@ -2,9 +2,10 @@
 
 __init__(task, config, device, averager, timer)
                                             reads the training data; refuses what cannot work, by ValueError
-loss(model, state, span_loss_scale, progress) -> loss, state
-                                            processes one block (or learns once more from a rollout) and adds its
-                                            metrics to the averager; progress goes from 0 to 1 over the training
+next_block(model, states) -> block          the next block to learn from, of this process's streams
+loss(model, block, states, index, span_loss_scale, progress) -> loss
+                                            one micro-batch's share of the block's loss: replaces states[index], and
+                                            adds its metrics to the averager; progress goes from 0 to 1 in training
 summarize(means) -> metrics                 the metrics of a logging interval
 advance_curriculum()                        tells the task how well the model has done since the last call
 time_metrics(counts, milliseconds) -> metrics
@@ -12,7 +13,9 @@ time_metrics(counts, milliseconds) -> metrics
                                             beside its own phases there is "update", a whole training step
 evaluate(model, task, split, config, device) -> metrics             a static method
 blocks                                      number of blocks processed so far
-state_dict(), load_state_dict(state)
+state_dict()                                what all processes have in common
+streams_state_dict()                        what belongs to this process's streams, tensors (B, ...)
+load_state_dict(state, streams_state)
 """
 
 from typing import Any
