@@ -35,7 +35,7 @@ demo: setup
 	$(BIN)/python scripts/demo.py
 
 test: setup .venv/triton
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal
 
 # CUDA builds of torch bring Triton along. Beside a CPU build it is for the tests of the kernels, in its interpreter.
 .venv/triton: .venv/ready
@@ -44,7 +44,7 @@ test: setup .venv/triton
 	@touch $@
 
 test-slow: setup
-	$(BIN)/pytest -n auto -m slow --durations=0
+	$(BIN)/pytest -n auto --dist worksteal -m slow --durations=0
 
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m faults tests/faults

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -211,7 +211,7 @@ def run_job(config: DictConfig) -> Metrics:
         return evaluate_job(Path(str(config.evaluate)).expanduser(), folder, [text.lstrip("+") for text in overrides])
     if config.resume is not None:
         return resume_job(folder, [text.lstrip("+") for text in overrides if not text.startswith("resume=")])
-    check_recipe(overrides)
+    check_recipe(overrides, config_folders())
     config = validate(config)
     if config.wandb.group is None and (folder.parent / "multirun.yaml").exists():  # written by Hydra for a sweep
         config.wandb.group = folder.parent.name[:MAX_NAME_LENGTH]
@@ -273,11 +273,11 @@ def lock_by_main(folder: Path, config: DictConfig) -> Iterator[None]:
         yield
 
 
-def check_recipe(overrides: list[str]) -> None:
-    """Raises ValueError for a recipe that does not exist, which Hydra leaves out silently."""
+def check_recipe(overrides: Sequence[str], folders: Sequence[str]) -> None:
+    """Raises ValueError for a recipe that none of the folders of configs has, which Hydra leaves out silently."""
     for override in map(parse, overrides):
         recipe = override.value() if override.key_or_group == "recipe" else None
-        if recipe and read_first(config_folders(), f"recipe/{recipe}.yaml") is None:
+        if recipe and read_first(folders, f"recipe/{recipe}.yaml") is None:
             raise ValueError(f"recipe={recipe} does not exist; there are the tasks and sizes of conf/recipe")
 
 

@@ -165,7 +165,7 @@ def memory_by_part(
     cost = step_cost(sizes, micro_batch_size, num_memories, device_type)
     weights = sizes.num_parameters * cost.number
     held = cost.memory_bytes() * streams / micro_batch_size
-    if sizes.config.train.get("offload_memory") and device_type == "cuda":
+    if sizes.config.train.offload_memory and device_type == "cuda":
         held = min(held, 2 * cost.memory_bytes())  # those of this part and of the next, which are copied ahead
     cast = sizes.num_parameters * cost.product if cost.product < cost.number else 0  # of weights, to bfloat16
     accumulates = micro_batch_size < streams or sizes.config.train.grad_accumulation > 1
@@ -197,7 +197,7 @@ def seconds_per_update(
     train = config.train.grad_accumulation * parts * cost.seconds(*speed)
     fill = blocks_without_targets(config) * parts * cost.seconds(*speed, backward=False)
     seconds = {"training blocks": train, "blocks without targets": fill}
-    if config.train.get("offload_memory"):
+    if config.train.offload_memory:
         blocks = config.train.grad_accumulation + blocks_without_targets(config)
         copied = 2 * blocks * parts * cost.memory_bytes() / device.host_link  # to the device and back
         seconds["copying memories"] = max(0, copied - train - fill)  # what computing does not hide

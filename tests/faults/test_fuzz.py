@@ -181,4 +181,4 @@ def test_any_override_runs_or_ends_with_one_line(part, tmp_path, count):
 
 
 def test_a_sample_of_all_overrides_runs_or_ends_with_one_line(tmp_path, count):
-    check_overrides(OVERRIDES[::40], tmp_path, count)
+    check_overrides(OVERRIDES[::80], tmp_path, count)

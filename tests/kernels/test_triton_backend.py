@@ -344,7 +344,8 @@ def test_the_host_never_waits_for_the_device():
         triton_results(inputs)
 
 
-@pytest.mark.parametrize("capability", [pytest.param("80", marks=pytest.mark.slow), "90"])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["80", "90"])
 def test_the_kernels_compile_for_a_gpu_even_without_one(capability, tmp_path):
     script = Path(__file__).parents[1] / "support/compile_triton.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

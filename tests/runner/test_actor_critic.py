@@ -38,7 +38,7 @@ def test_acting_step_by_step_and_learning_from_the_block_give_the_same_log_proba
         if hasattr(mechanism, "weight"):
             torch.nn.init.normal_(mechanism.weight)  # spans that differ, so that memories expire within an episode
     objective, state = trainer.objective, trainer.model.initial_state(4)
-    for _ in range(60 // block_size):
+    for _ in range(48 // block_size):
         rollout, acting_state = act(trainer.model, state, objective.envs, objective.generator, block_size)
         outputs, learning_state, _ = trainer.model(rollout["observation"], state, rollout["reach"])
         log_probs, value = policy_and_value(outputs)
@@ -47,7 +47,7 @@ def test_acting_step_by_step_and_learning_from_the_block_give_the_same_log_proba
         for acting_memory, learning_memory in zip(acting_state["layers"], learning_state["layers"], strict=True):
             assert torch.equal(acting_memory.offsets, learning_memory.offsets)
         state = learning_state
-    assert (rollout["reach"].amax(1) < 60).any()  # some streams began a new episode on the way
+    assert (rollout["reach"].amax(1) < 48).any()  # some streams began a new episode on the way
 
 
 def test_advantages_equal_those_of_a_loop_over_each_episode():

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-import subprocess
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -20,15 +20,18 @@ from expire_span.runner.run_folder import checkpoint
 from expire_span.runner.run_folder.config_files import load_config
 from expire_span.runner.run_folder.files import lock, read_metrics
 
-EXPIRE_SPAN = [sys.executable, "-m", "expire_span"]
-
 
 def run_command(*overrides, folder, cwd=None, environment=()):
     """The command with a folder for its run, in a forked process."""
     command = ["expire-span", *overrides, f"hydra.run.dir={folder}"]
     with tempfile.TemporaryDirectory() as elsewhere:
-        ended = forked_command(command, cwd or Path(elsewhere), 120, environment)
-    return subprocess.CompletedProcess(command, ended.code, ended.stdout, ended.stderr)
+        return forked_command(command, cwd or Path(elsewhere), 120, environment)
+
+
+def contents(folder):
+    """What lies in a run folder, but for what each command writes there."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("run.log", ".lock")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def losses(folder):
@@ -40,40 +43,31 @@ def losses(folder):
 
 def test_evaluating_a_run_gives_the_metrics_that_training_ended_with(folder, tmp_path):
     trained = run_command("task=copy", *COPY, folder=folder)
-    assert trained.returncode == 0, trained.stderr
+    assert trained.code == 0, trained.stderr
     evaluated = run_command(f"evaluate={folder}", "eval.splits=[test]", folder=tmp_path / "evaluated")
-    assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.code == 0, evaluated.stderr
     first, second = (json.loads((path / "summary.json").read_text()) for path in (folder, tmp_path / "evaluated"))
     assert first["metrics"]["test/loss"] == second["metrics"]["test/loss"]
-    subprocess.run(
-        [*EXPIRE_SPAN, f"evaluate={folder}", "eval.splits=[test]"], cwd=tmp_path, check=True, capture_output=True
-    )
+    evaluate = ["expire-span", f"evaluate={folder}"]
+    assert forked_command([*evaluate, "eval.splits=[test]"], tmp_path).code == 0
     assert [path.parent.name[9:] for path in tmp_path.glob("runs/*/*/summary.json")] == ["evaluate-run"]
-    shown = subprocess.run(
-        [*EXPIRE_SPAN, f"evaluate={folder}", "--cfg", "job"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    shown = forked_command([*evaluate, "--cfg", "job"], tmp_path)
     assert f"uses the run's own config, which --cfg cannot show: see {folder}/.hydra/config.yaml" in shown.stderr
-    listed = subprocess.run(
-        [*EXPIRE_SPAN, f"evaluate={folder}", "--info", "defaults"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    listed = forked_command([*evaluate, "--info", "defaults"], tmp_path)
     assert "Defaults List" in listed.stdout  # Hydra takes no override after a flag
     longer = ["task.episode_length=128", "eval.max_blocks=null"]
     farther = run_command(f"evaluate={folder}", *longer, folder=tmp_path / "farther")
-    assert farther.returncode == 0, farther.stderr
+    assert farther.code == 0, farther.stderr
     summary = json.loads((tmp_path / "farther" / "summary.json").read_text())
     assert "test/accuracy_distance_64_128" in summary["metrics"]
 
 
 def test_evaluation_knows_the_keys_of_the_run_and_refuses_others(folder, tmp_path, text):
     overrides = ["task=text", f"task.path={text}", "memory.max_span=32", *SMALL_SIZES]
-    assert run_command(*overrides, folder=folder).returncode == 0
+    assert run_command(*overrides, folder=folder).code == 0
     larger = ["task.test_fraction=0.2", "eval.splits=[test]"]
     evaluated = run_command(f"evaluate={folder}", *larger, folder=tmp_path / "larger")
-    assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.code == 0, evaluated.stderr
     summary = json.loads((tmp_path / "larger" / "summary.json").read_text())
     assert summary["config"]["task"]["test_fraction"] == 0.2
     wrong_overrides = {
@@ -83,7 +77,7 @@ def test_evaluation_knows_the_keys_of_the_run_and_refuses_others(folder, tmp_pat
     }
     for override, message in wrong_overrides.items():
         refused = run_command(f"evaluate={folder}", override, folder=tmp_path / "refused")
-        assert refused.returncode == 1
+        assert refused.code == 1
         assert message in refused.stderr
         assert not (tmp_path / "refused").exists()
 
@@ -94,15 +88,18 @@ def test_evaluation_knows_the_keys_of_the_run_and_refuses_others(folder, tmp_pat
 def test_a_killed_run_resumes_from_the_command_line_to_the_same_losses(tmp_path):
     overrides = [*COPY, "train.updates=400", "run.log_every=1"]
     folder = tmp_path / "killed"
-    arguments = [*EXPIRE_SPAN, *overrides, f"hydra.run.dir={folder}"]
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+
+    def kill(process):
         wait_for_lines(folder / "metrics.jsonl", lines=20)
-        process.kill()
+        os.kill(process, signal.SIGKILL)
+
+    killed = forked_command(["expire-span", *overrides, f"hydra.run.dir={folder}"], tmp_path, during=kill)
+    assert killed.code == -signal.SIGKILL
     assert not (folder / "summary.json").exists()
     resumed = run_command(f"resume={folder}", "train.updates=60", folder=folder)
-    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.code == 0, resumed.stderr
     uninterrupted = run_command(*overrides, "train.updates=60", folder=tmp_path / "uninterrupted")
-    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    assert uninterrupted.code == 0, uninterrupted.stderr
     expected = losses(tmp_path / "uninterrupted")
     assert len(expected) == 60
     assert losses(folder) == expected
@@ -114,37 +111,29 @@ def test_a_run_with_config_files_of_the_users_own_resumes_with_them(tmp_path):
     (tmp_path / "mine/task/mine.yaml").write_text(text)
     config_dir = ["--config-dir", str(tmp_path / "mine")]
     first = run_command(*config_dir, "task=mine", *COPY, "train.updates=2", folder=tmp_path / "run")
-    assert first.returncode == 0, first.stderr
+    assert first.code == 0, first.stderr
     for arguments, update in ((["train.updates=3"], 3), ([*config_dir, "train.updates=4"], 4)):
         resumed = run_command(f"resume={tmp_path / 'run'}", *arguments, folder=tmp_path / "run")
-        assert resumed.returncode == 0, resumed.stderr
+        assert resumed.code == 0, resumed.stderr
         assert checkpoint.load(tmp_path / "run")["update"] == update
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [("train.updates=1", "has done 2 updates"), ("seed=7", "omit seed=7"), ("model=trans_xl", "omit model=")],
-)
-def test_a_run_does_not_resume_with_what_contradicts_it(override, message, tmp_path):
-    assert run_command(*COPY, "train.updates=2", folder=tmp_path / "run").returncode == 0
-    before = (tmp_path / "run/summary.json").read_text()
-    result = run_command(f"resume={tmp_path / 'run'}", override, folder=tmp_path / "run")
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert (tmp_path / "run/summary.json").read_text() == before
-
-
-@pytest.mark.parametrize("override", ["train.updates=2", "train.batch_size=8", "transformer.hidden_size=32"])
-def test_a_start_that_is_refused_leaves_the_run_folder_unchanged(override, folder, tmp_path):
-    assert run_command(*COPY, folder=folder).returncode == 0
-    before = {path.name: path.read_bytes() for path in (folder / ".hydra").iterdir()}
-    assert set(before) == {"config.yaml", "hydra.yaml", "overrides.yaml"}
-    arguments = [*EXPIRE_SPAN, f"resume={folder}", override]
-    refused = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert refused.returncode == 1
-    reasons = "more than train.updates=2|keeps the run's own (train.batch_size|transformer.hidden_size)"
-    assert re.search(f"^error: .*({reasons})", refused.stderr)
-    assert {path.name: path.read_bytes() for path in (folder / ".hydra").iterdir()} == before
+def test_a_run_does_not_resume_with_what_contradicts_it_and_its_folder_stays_as_it_was(folder):
+    assert run_command(*COPY, folder=folder).code == 0
+    before = contents(folder)
+    assert {".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "summary.json"} <= before.keys()
+    messages = {
+        "train.updates=2": "has done 4 updates, more than train.updates=2",
+        "train.batch_size=8": "keeps the run's own train.batch_size",
+        "transformer.hidden_size=32": "keeps the run's own transformer.hidden_size",
+        "seed=7": "omit seed=7",
+        "model=trans_xl": "omit model=",
+    }
+    for override, message in messages.items():
+        refused = run_command(f"resume={folder}", override, folder=folder)
+        assert refused.code == 1
+        assert re.search(f"^error: .*{re.escape(message)}", refused.stderr), refused.stderr
+        assert contents(folder) == before, override
     evaluated_into_itself = run_command(f"evaluate={folder}", folder=folder)
     assert "evaluate into another hydra.run.dir" in evaluated_into_itself.stderr
 
@@ -152,7 +141,7 @@ def test_a_start_that_is_refused_leaves_the_run_folder_unchanged(override, folde
 @pytest.mark.slow
 def test_a_folder_with_special_characters_in_its_name_can_be_resumed_and_evaluated(tmp_path):
     folder, other = tmp_path / "it's (1) lr=1,x", tmp_path / "${x}"
-    assert run_command(*COPY, "train.updates=2", folder=quote(str(folder))).returncode == 0
+    assert run_command(*COPY, "train.updates=2", folder=quote(str(folder))).code == 0
     other.symlink_to(folder)
     messages = {
         f"resume={folder}": "",
@@ -160,9 +149,8 @@ def test_a_folder_with_special_characters_in_its_name_can_be_resumed_and_evaluat
         f"resume={other}": "Hydra cannot work in a folder with",
     }
     for argument, message in messages.items():
-        arguments = [*EXPIRE_SPAN, argument, "eval.splits=[test]"]
-        finished = subprocess.run(arguments, capture_output=True, timeout=120, check=False, text=True, cwd=tmp_path)
-        assert finished.returncode == bool(message), finished.stderr
+        finished = forked_command(["expire-span", argument, "eval.splits=[test]"], tmp_path)
+        assert finished.code == bool(message), finished.stderr
         assert message in finished.stderr
     assert len(list(tmp_path.glob("runs/*/*-evaluate-*/summary.json"))) == 1
 
@@ -170,49 +158,40 @@ def test_a_folder_with_special_characters_in_its_name_can_be_resumed_and_evaluat
 def test_what_a_variable_of_the_environment_holds_is_not_told_by_the_command_of_the_summary(tmp_path):
     secret = {"KEY": "se,cr=e(t#'{"}  # and no character of it is read as a part of the override
     overrides = [*COPY, "train.updates=2", "wandb.entity=${oc.env:KEY}"]
-    assert run_command(*overrides, folder=tmp_path / "run", environment=secret).returncode == 0
+    assert run_command(*overrides, folder=tmp_path / "run", environment=secret).code == 0
     assert "se,cr" not in (tmp_path / "run/summary.json").read_text()
-    assert run_command("resume=run", "train.updates=3", folder=tmp_path / "run", cwd=tmp_path).returncode == 0
+    assert run_command("resume=run", "train.updates=3", folder=tmp_path / "run", cwd=tmp_path).code == 0
     assert load_config(tmp_path / "run").wandb.entity == "se,cr=e(t#'{"
 
 
-@pytest.mark.parametrize("command", ["resume", "evaluate"])
-def test_a_run_folder_of_a_version_with_other_names_is_refused_with_what_to_do(command, folder, tmp_path):
-    assert run_command(*COPY, "train.updates=2", folder=folder).returncode == 0
+def test_a_run_folder_of_a_version_with_other_names_is_refused_with_what_to_do(folder, tmp_path):
+    assert run_command(*COPY, "train.updates=2", folder=folder).code == 0
     path = folder / ".hydra/config.yaml"
     path.write_text(path.read_text().replace("optimizer:", "optimiser:"))
-    into = folder if command == "resume" else tmp_path / "evaluated"
-    refused = run_command(f"{command}={folder}", folder=into)
-    assert refused.returncode == 1
-    assert "was written by expire-span 0.1" in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
+    for command, into in (("resume", folder), ("evaluate", tmp_path / "evaluated")):
+        refused = run_command(f"{command}={folder}", folder=into)
+        assert refused.code == 1
+        assert "was written by expire-span 0.1" in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
 
 
 # Sweeps
 
 
-def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(tmp_path):
-    overrides = ["-m", "model=trans_xl,expire_span", "seed=1,2", *COPY]
+def test_a_sweep_runs_every_combination_in_a_folder_of_its_own_and_reports_those_that_fail(tmp_path):
+    overrides = ["-m", *COPY, "model=trans_xl,expire_span", "train.batch_size=4,0", "train.updates=2"]
     swept = run_command(*overrides, f"hydra.sweep.dir={tmp_path}/sweep", folder=tmp_path / "unused")
-    assert swept.returncode == 0, swept.stderr
+    assert swept.code == 1
     summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/summary.json"))]
-    assert [(summary["model"], summary["config"]["seed"]) for summary in summaries] == [
-        ("expire_span", 1),
-        ("expire_span", 2),
-        ("trans_xl", 1),
-        ("trans_xl", 2),
+    assert [(summary["model"], summary["config"]["train"]["batch_size"]) for summary in summaries] == [
+        ("expire_span", 4),
+        ("trans_xl", 4),
     ]
-
-
-def test_every_failed_job_of_a_sweep_is_reported_in_its_output_and_in_the_report(tmp_path):
-    overrides = ["-m", *COPY, "train.updates=2", "train.batch_size=4,0,-1"]
-    swept = run_command(*overrides, f"hydra.sweep.dir={tmp_path}/sweep", folder=tmp_path / "unused")
-    assert swept.returncode == 1
-    problems = " ".join(load_runs(tmp_path / "sweep").problem.dropna())
-    for number, batch_size in ((1, 0), (2, -1)):
-        reason = f"failed: train.batch_size must be at least 1, got {batch_size}"
-        assert f"job {number} {reason}" in swept.stdout
-        assert reason in problems
+    problems = "\n".join(load_runs(tmp_path / "sweep").problem)
+    for number in (2, 3):  # batch_size=4 of both models comes first
+        problem = f"job {number} failed: train.batch_size must be at least 1, got 0"
+        assert problem in swept.stdout
+        assert problem in problems
 
 
 def test_a_sweep_does_not_resume(monkeypatch):
@@ -248,7 +227,7 @@ def test_a_sweep_does_not_resume(monkeypatch):
 )
 def test_bad_input_is_reported_in_one_line_that_names_the_value(overrides, message, tmp_path):
     result = run_command(*overrides, "wandb.mode=disabled", folder=tmp_path / "run", cwd=tmp_path)
-    assert result.returncode == 1
+    assert result.code == 1
     [line] = result.stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line
@@ -258,12 +237,12 @@ def test_bad_input_is_reported_in_one_line_that_names_the_value(overrides, messa
 
 def test_a_start_that_is_refused_by_its_data_leaves_no_folder(tmp_path):
     result = run_command("task=text", "task.path=nowhere.txt", folder=tmp_path / "run")
-    assert result.returncode == 1
+    assert result.code == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_in_use_is_refused(folder):
     with lock(folder):
         result = run_command("wandb.mode=disabled", folder=folder)
-    assert result.returncode == 1
+    assert result.code == 1
     assert f"in use by process {os.getpid()}" in result.stderr

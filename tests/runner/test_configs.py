@@ -14,6 +14,7 @@ from expire_span.runner.config.schema import validate
 from expire_span.runner.train import train
 
 CONF = files("expire_span.conf")
+SHORT = ["train.updates=2", "eval.splits=[test]", "eval.max_blocks=4"]
 KEYS_PATH = Path(__file__).parents[1] / "expected" / "config_keys.txt"
 ROWS_OF_TABLE = {1: 3, 2: 2, 3: 6, 4: 8, 5: 1, 6: 4}  # the three rows of collision in table 4 are table 3's
 
@@ -37,7 +38,7 @@ def assert_trains(config, folder):
 @pytest.mark.parametrize("model", config_options("model"))
 @pytest.mark.parametrize("task", [*SMALL_TASKS, "text"])
 def test_every_model_trains_on_every_task(task, model, tmp_path, text):
-    metrics = assert_trains(tiny_config(f"model={model}", "train.updates=2", task=task, text=text), tmp_path / "run")
+    metrics = assert_trains(tiny_config(f"model={model}", *SHORT, task=task, text=text), tmp_path / "run")
     if task in ("copy", "collision", "collision_easy", "corridor"):  # those that know how far back an answer lies
         assert 0 <= metrics["test/beyond_reach"] < 1
 
@@ -58,7 +59,7 @@ def test_every_experiment_trains_when_shrunk(experiment, tmp_path, text):
     task = config.task["_target_"].split(".")[-2]
     task = task if task in SMALL_TASKS else "text"  # in place of tasks that download
     smaller = ["model.max_span=32", *(["model.compressed_size=4"] if "compressed_size" in config.model else [])]
-    overrides = [f"experiment={experiment}", "train.updates=2", *smaller]
+    overrides = [f"experiment={experiment}", *SHORT, *smaller]
     assert_trains(tiny_config(*overrides, task=task, text=text), tmp_path / "run")
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from forked_command import forked_command
 from tiny_config import COPY
 
 EXPIRE_SPAN = [sys.executable, "-m", "expire_span"]
@@ -30,9 +31,9 @@ def test_a_run_whose_output_is_full_ends_well(folder):
     assert (folder / "summary.json").exists()
 
 
-def test_a_wrong_flag_is_one_line_that_names_it_and_the_program():
-    result = subprocess.run([*EXPIRE_SPAN, "--sweep"], capture_output=True, text=True, check=False)
-    assert result.stderr == "error: unrecognized arguments: --sweep; see expire-span --help\n"
+def test_a_wrong_flag_is_one_line_that_names_it_and_the_program(folder):
+    ended = forked_command(["expire-span", "--sweep"], folder)
+    assert ended.stderr == "error: unrecognized arguments: --sweep; see expire-span --help\n"
 
 
 NO_USER = """

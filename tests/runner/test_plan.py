@@ -37,7 +37,7 @@ def test_what_does_not_fit_is_told_with_overrides_that_make_it_fit():
     assert re.search(
         r"^all kept: 512 streams at once need [\d,]+ GB; add train.micro_batch_size=\d+ train.off", text, re.M
     )
-    fits = str(make_plan(["experiment=table2_expire_span", "device=h100", "gpus=64"]))
+    fits = str(make_plan(["experiment=table2_expire_span", "device=h100", "gpus=32"]))
     assert "initial spans: fits as it is" in fits
 
 
@@ -72,6 +72,8 @@ def test_a_run_folder_has_a_plan(tmp_path):
     [
         (["gpus=3"], "train.batch_size=64 streams cannot be split evenly over gpus=3; use one of 1, 2, 4, 8, 16, 32"),
         (["gpus=no"], "gpus must be a number from 1 to 1e+06, got no"),
+        (["eval.batch_size=6", "gpus=4"], "eval.batch_size=6 streams cannot be split evenly over gpus=4; use one of 1, 2"),
+        (["recipe=copy/TYPO"], "recipe=copy/TYPO does not exist"),
         (["kept=2"], "kept must be a number from 0 to 1, got 2"),
         (["device=h200"], "device must be one of h100, a100, rtx4090 or this, got h200"),
         (["memory.alpa=1"], "there is no key memory.alpa; did you mean memory.alpha?"),

@@ -1,15 +1,17 @@
 """Ctrl-C, SIGTERM and SIGHUP at any moment: what was done is saved, one line says how to go on, the code is 128 + n."""
 
+import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from forked_command import forked_command
 from tiny_config import COPY, tiny_config
+from wait import wait_for_lines
 
 from expire_span.runner import cli, stop_signals, trainer
 from expire_span.runner import train as training
@@ -44,21 +46,17 @@ def during(monkeypatch, module, name, act):
 def test_a_process_that_gets_a_signal_twice_within_milliseconds_saves_and_says_how_to_resume(number, tmp_path):
     folder = tmp_path / "a run"
     overrides = [*COPY, "train.updates=100000", "run.checkpoint_every=100000", f"hydra.run.dir='{folder}'"]
-    command = [sys.executable, "-m", "expire_span", *overrides]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not (folder / "metrics.jsonl").exists():
-            time.sleep(0.05)
-            assert process.poll() is None
-        process.send_signal(number)
+
+    def send_twice(process):
+        wait_for_lines(folder / "metrics.jsonl", lines=1)
+        os.kill(process, number)
         time.sleep(0.002)
-        process.send_signal(number)
-        try:
-            _, errors = process.communicate(timeout=60)
-        finally:
-            process.kill()  # or leaving the block would wait for it
-    assert process.returncode == 128 + number
+        os.kill(process, number)
+
+    ended = forked_command(["expire-span", *overrides], tmp_path, during=send_twice)
+    assert ended.code == 128 + number
     update = checkpoint.load(folder)["update"]
-    assert errors.splitlines() == [
+    assert ended.stderr.splitlines() == [
         "stopping once this update is saved; another signal stops at once, and saves nothing",
         f"stopped; update {update} is saved; to resume: expire-span 'resume={folder}'",
     ]

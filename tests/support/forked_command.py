@@ -31,15 +31,22 @@ class Ended(NamedTuple):
     seconds: float
 
 
-def forked_command(command, folder: Path, seconds=60.0, environment=()):
-    """Run a command, given as on a command line, in a folder."""
+def forked_command(command, folder: Path, seconds=60.0, environment=(), during=None):
+    """Run a command, given as on a command line, in a folder.
+
+    Args:
+        during: called with the number of the process once it has started.
+    """
     paths = [folder.with_name(f"{folder.name}-{stream}") for stream in ("stdout", "stderr")]
     process = context.Process(target=run_here, args=(command, folder, paths, dict(environment)))
     start = time.perf_counter()
     process.start()
-    process.join(seconds)
-    code = process.exitcode
-    if code is None:
+    try:
+        if during is not None:
+            during(process.pid)
+        process.join(seconds)
+        code = process.exitcode
+    finally:
         process.kill()
         process.join()
     texts = [path.read_text(errors="replace") for path in paths]

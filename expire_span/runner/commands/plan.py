@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from expire_span.tasks.base import RLTask
 
 from ..build import resolve_auto, select_device
-from ..cli import InstalledConfigs, check_arguments
+from ..cli import InstalledConfigs, check_arguments, check_recipe
 from ..config.former_names import check_current_names
 from ..config.overrides import is_override, parse, quote_text
 from ..config.schema import validate
@@ -98,17 +99,24 @@ def make_plan(arguments: Sequence[str]) -> Plan:
     options = DEFAULTS | dict(text.split("=", 1) for text in arguments if text.partition("=")[0] in DEFAULTS)
     config = read_config([text for text in arguments if text.partition("=")[0] not in DEFAULTS])
     gpus, kept = int(read_number("gpus", options["gpus"], 1, 1e6)), read_number("kept", options["kept"], 0, 1)
-    if config.train.batch_size % gpus:
-        divisors = [str(size) for size in range(1, config.train.batch_size + 1) if config.train.batch_size % size == 0]
+    if gpus not in (possible := possible_gpus(config)):
+        key = "train.batch_size" if config.train.batch_size % gpus else "eval.batch_size"
         raise ValueError(
-            f"train.batch_size={config.train.batch_size} streams cannot be split evenly over gpus={gpus}; use one of "
-            f"{', '.join(divisors[:20])}"
+            f"{key}={OmegaConf.select(config, key)} streams cannot be split evenly over gpus={gpus}; use one of "
+            f"{', '.join(map(str, possible[:20]))}"
         )
     device = read_device(options["device"], config)
     vocab_size, num_classes, source = vocabulary(config)
     sizes = run_sizes(config, vocab_size, num_classes)
     cases = [fit(sizes, title, memories, device, gpus) for title, memories in memory_cases(sizes, kept)]
     return Plan(sizes, f"{vocab_size:,} tokens ({source})", device, gpus, cases)
+
+
+def possible_gpus(config: DictConfig) -> list[int]:
+    """Numbers of GPUs over which all streams can be split evenly."""
+    evaluates = config.eval.splits or config.eval.interval
+    common = math.gcd(config.train.batch_size, config.eval.batch_size if evaluates else 0)
+    return [number for number in range(1, common + 1) if common % number == 0]
 
 
 def read_config(arguments: Sequence[str]) -> DictConfig:
@@ -127,6 +135,8 @@ def read_config(arguments: Sequence[str]) -> DictConfig:
         if action in parsed:
             raise ValueError(f"a plan takes a run folder as it is: expire-span-plan {parsed[action].value()}")
     check_arguments(parsed, [], is_sweep=False)
+    installed = [entry_point.value for entry_point in entry_points(group="expire_span.conf")]
+    check_recipe(overrides, [f"pkg://{package}" for package in ("expire_span.conf", *installed)])
     with initialize_config_module("expire_span.conf", version_base="1.3"):
         return validate(compose("config", overrides=overrides))
 
@@ -187,7 +197,7 @@ def changed(sizes: RunSizes, overrides: Mapping[str, bool]) -> RunSizes:
     """The sizes of the run with other values of the config."""
     config = sizes.config.copy()
     for key, value in overrides.items():
-        OmegaConf.update(config, key, value, force_add=True)
+        OmegaConf.update(config, key, value)
     checkpointing = config.transformer.activation_checkpointing
     return sizes._replace(config=config, transformer=replace(sizes.transformer, activation_checkpointing=checkpointing))
 
@@ -203,7 +213,7 @@ def fit(sizes: RunSizes, title: str, num_memories: float, device: Device, gpus: 
             break
     memory = memory_by_part(new, streams, size or 1, num_memories, device.type)
     offloaded = 0.0
-    if new.config.train.get("offload_memory") and device.type == "cuda":
+    if new.config.train.offload_memory and device.type == "cuda":
         offloaded = step_cost(new, streams * gpus, num_memories, device.type).memory_bytes()
     seconds = seconds_per_update(new, streams, size or 1, num_memories, device, gpus)
     return Case(title, num_memories, size, overrides, memory, offloaded, seconds)
@@ -211,7 +221,7 @@ def fit(sizes: RunSizes, title: str, num_memories: float, device: Device, gpus: 
 
 def at_once(sizes: RunSizes, streams: int) -> int:
     """Streams that the config would process at a time. Raises ValueError for a number that does not divide them."""
-    size = sizes.config.train.get("micro_batch_size")
+    size = sizes.config.train.micro_batch_size
     if not isinstance(size, int):  # null or auto
         return streams
     if streams % size:
@@ -289,8 +299,8 @@ def advice(plan: Plan) -> list[str]:
         overrides = [f"train.micro_batch_size={case.micro_batch_size}", *(f"{key}=true" for key in case.overrides)]
         enough = [
             number
-            for number in range(plan.gpus, batch_size + 1, plan.gpus)
-            if batch_size % number == 0
+            for number in possible_gpus(sizes.config)
+            if number > plan.gpus
             and fitting_micro_batch(sizes, batch_size // number, case.num_memories, device.type, device.memory)
             == batch_size // number
         ]

@@ -266,7 +266,7 @@ def check_values(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and value <= 0:
             raise ValueError(f"{key} must be above 0, got {value}")
-    micro_batch_size = config.train.get("micro_batch_size")
+    micro_batch_size = config.train.micro_batch_size
     if not (micro_batch_size in (None, "auto") or (isinstance(micro_batch_size, int) and micro_batch_size > 0)):
         raise ValueError(f"train.micro_batch_size must be null, auto or a number of streams, got {micro_batch_size}")
     for key in ("hidden_size", "num_heads"):
