@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .run_folder.files import WriteError
+
 PATIENCE = timedelta(days=2)  # for what ranks rightly wait for, such as the preparation of data
 SECONDS_TO_REPORT = 10  # for rank 0 to tell the error of another rank, which otherwise tells it itself
 
@@ -251,12 +253,13 @@ def failing_together() -> Iterator[None]:
         yield
     except (ValueError, OSError, MemoryError) as own_error:
         error = own_error
-    messages = gather(None if error is None else str(error))
-    failed = [number for number, message in enumerate(messages) if message is not None]
+    reports = gather(None if error is None else (str(error), isinstance(error, WriteError)))
+    failed = [number for number, report in enumerate(reports) if report is not None]
     if error is not None and (rank() == failed[0] or world_size() == 1):
         raise error
     if failed:
-        raise ValueError(f"rank {failed[0]}: {messages[failed[0]]}")
+        message, is_write_error = reports[failed[0]]
+        raise (WriteError if is_write_error else ValueError)(f"rank {failed[0]}: {message}")
 
 
 def check_same(facts: dict[str, Any]) -> None:

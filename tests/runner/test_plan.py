@@ -72,7 +72,10 @@ def test_a_run_folder_has_a_plan(tmp_path):
     [
         (["gpus=3"], "train.batch_size=64 streams cannot be split evenly over gpus=3; use one of 1, 2, 4, 8, 16, 32"),
         (["gpus=no"], "gpus must be a number from 1 to 1e+06, got no"),
-        (["eval.batch_size=6", "gpus=4"], "eval.batch_size=6 streams cannot be split evenly over gpus=4; use one of 1, 2"),
+        (
+            ["eval.batch_size=6", "gpus=4"],
+            "eval.batch_size=6 streams cannot be split evenly over gpus=4; use one of 1, 2",
+        ),
         (["recipe=copy/TYPO"], "recipe=copy/TYPO does not exist"),
         (["kept=2"], "kept must be a number from 0 to 1, got 2"),
         (["device=h200"], "device must be one of h100, a100, rtx4090 or this, got h200"),

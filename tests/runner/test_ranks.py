@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from forked_ranks import run_ranks
-from rank_functions import messages_of_training, train_as_rank, train_until
+from rank_functions import message_of_full_disk, messages_of_training, train_as_rank, train_until
 from tiny_config import config_options, tiny_config
 
 from expire_span.runner import micro_batches
@@ -132,6 +132,16 @@ def test_a_checkpoint_that_lacks_the_file_of_a_rank_counts_as_damaged(whole_batc
     assert checkpoint.load(tmp_path, slice(0, 6))["update"] == 2
     assert checkpoint.load(tmp_path, slice(0, 3))["update"] == 4  # of which the other rank has nothing
     assert "update 2 is saved" in checkpoint.how_to_go_on(tmp_path)
+
+
+def test_a_full_disk_of_one_rank_ends_all_with_how_to_go_on(whole_batch, tmp_path):
+    (overrides, text), _ = whole_batch("text", "trans_xl")
+    configs = [tiny_config(*overrides, f"train.updates={count}", task="text", text=text) for count in (2, 4)]
+    messages = run_ranks(2, message_of_full_disk, *configs, tmp_path)
+    assert messages[0].startswith("rank 1: ")
+    for message in messages:
+        assert "could not be written" in message
+        assert "update 2 is saved; to resume: expire-span resume=" in message
 
 
 def test_files_of_ranks_that_were_saved_at_another_time_count_as_damaged(whole_batch, tmp_path):

@@ -1,5 +1,8 @@
 """What the ranks of a test do: functions that their processes, which do not know the tests, can import."""
 
+import resource
+import signal
+
 import pytest
 from tiny_config import tiny_config
 
@@ -32,6 +35,17 @@ def messages_of_training(rank, configs, folder):
             train(config, folder)
         messages.append(str(refusal.value))
     return messages
+
+
+def message_of_full_disk(rank, config, longer, folder):
+    """What going on with a run raises, where rank 1 can write no more."""
+    train(config, folder)
+    if rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    with pytest.raises(OSError, match=r".") as failure:
+        train(longer, folder)
+    return str(failure.value)
 
 
 def message_of_lock(rank, folder):
