@@ -20,7 +20,7 @@ from expire_span import AdaptiveSpan, Compressive, ExpireSpan, Transformer, Tran
 from expire_span.kernels.dispatch import select_backend
 from expire_span.kernels.packed_layout import sample_index
 from expire_span.memory.mechanism import Mechanism
-from expire_span.memory.packed import Memory, concatenate, from_dense, keep_rows
+from expire_span.memory.packed import Memory, concatenate, from_dense, keep_rows, with_max_age
 from expire_span.runner.build import keep_freed_memory
 from expire_span.runner.cost_model import matmul_flops
 from expire_span.runner.logging.performance import peak_memory, reset_peak_memory
@@ -88,7 +88,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         attention = ATTENTIONS[case["variant"]]
         memory_attention.packed_span_attention = lambda *inputs, backend, **others: attention(*inputs, **others)
     state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.long, device=device)}
-    state |= {"layers": [full_memory(mechanism, case, device) for mechanism in model.mechanisms]}
+    memories = [full_memory(mechanism, case, device) for mechanism in model.mechanisms]
+    state["layers"] = [with_max_age(memory, state["step"]) for memory in memories]  # as a model's own memories know it
     tokens = torch.randint(case["vocab_size"], (case["batch_size"], case["block_size"]), device=device)
 
     forward = torch.compile(model, dynamic=True) if case["variant"] == "compiled" else model
