@@ -133,7 +133,11 @@ def main() -> None:
         origin = provenance()
         device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, one thread for each process"
         about = f"{device}, torch {torch.__version__}, commit {origin['commit']}: `{origin['command']}`"
-        note = "Medians over rounds in which the variants take turns; two processes have half of the streams each."
+        note = (
+            f"{options.model}: {options.num_layers} layers of d 512, {options.batch_size} streams in blocks of 512, "
+            f"L = {options.span:,}. Medians over {options.rounds} rounds in which the variants take turns; two "
+            "processes have half of the streams each."
+        )
         options.folder.mkdir(parents=True, exist_ok=True)
         (options.folder / "scaling.md").write_text("\n".join(["# Scaling", "", about, "", note, "", *lines, ""]))
         (options.folder / "scaling.json").write_text(json.dumps({"about": about, "rounds": rounds}, indent=1) + "\n")
