@@ -12,6 +12,7 @@ from typing import NamedTuple
 COMMANDS = {
     "expire-span": "expire_span.runner.cli",
     "expire-span-generate": "expire_span.runner.commands.generate",
+    "expire-span-paper": "expire_span.runner.commands.paper",
     "expire-span-plan": "expire_span.runner.commands.plan",
     "expire-span-play": "expire_span.runner.commands.play",
     "expire-span-report": "expire_span.runner.commands.report",
