@@ -172,7 +172,7 @@ class TransformerBlock(nn.Module):
             return self.mechanism.num_positions
         largest_distance = memory.max_age + block_size - 1
         rounded = -(-largest_distance // POSITION_MULTIPLE) * POSITION_MULTIPLE
-        return torch.sym_min(rounded, self.mechanism.num_positions)  # where `min` would compile both cases
+        return min(rounded, self.mechanism.num_positions)
 
     def attended(self, *memories: Memory) -> Memory:
         """Concatenate the memories and the block as parts, with keys, values and spans.
