@@ -121,15 +121,17 @@ def is_for_writing(file, mode="r", *arguments, **options):
 
 
 def result(folder: Path):
-    """All that a finished run leaves behind, but for times, memory and the name of its W&B run."""
+    """All that a finished run leaves behind, but for times, memory, and the names of its W&B run and of what was saved."""
     content = checkpoint.load(folder)
+    streams = [{name: value for name, value in part.items() if name != "save_id"} for part in content["streams"]]
+    content = {name: value for name, value in content.items() if name not in ("run_id", "metrics", "save_id")}
     rows = [without_costs(row) for row in read_metrics(folder / "metrics.jsonl")]
     summary = json.loads((folder / "summary.json").read_text())
     tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("model", "best")}
     return {
         "rows": [repr(row) for row in rows],  # with NaN equal to NaN
         "summary": repr(without_costs(summary["metrics"])),
-        "checkpoint": {name: value for name, value in content.items() if name not in ("run_id", "metrics")},
+        "checkpoint": content | {"streams": streams},
         "weights": tensors,
     }
 
