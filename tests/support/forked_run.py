@@ -121,7 +121,7 @@ def is_for_writing(file, mode="r", *arguments, **options):
 
 
 def result(folder: Path):
-    """All that a finished run leaves behind, but for times, memory, and the names of its W&B run and of what was saved."""
+    """All that a finished run leaves behind, but for times, memory, and the random names of its W&B run and saves."""
     content = checkpoint.load(folder)
     streams = [{name: value for name, value in part.items() if name != "save_id"} for part in content["streams"]]
     content = {name: value for name, value in content.items() if name not in ("run_id", "metrics", "save_id")}
