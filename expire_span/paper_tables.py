@@ -130,6 +130,8 @@ def cells(table: Table, line: Line, seeds: Sequence[int]) -> dict[str, str]:
         row["ours" if len(table.metrics) == 1 else f"{head(metric)}: ours"] = result(metric, line)
     count = len(line.runs)
     row["seeds"] = str(count) if count >= len(seeds) else f"{count} of {len(seeds)}"
+    if count:
+        row["L"] = format_number(line.runs["protocol.max_span"].iloc[0])
     for metric, name in COSTS.items():
         if metric not in table.metrics and len(values := measured(metric, line.runs)):
             row[name] = format_seeds(values, spread=False)
@@ -181,12 +183,14 @@ def provenance_notes(lines: Sequence[Line]) -> list[str]:
     return [*notes, *(f"Simplified: {note}." for note in simplified)]
 
 
-def csv_rows(lines: Sequence[Line]) -> pd.DataFrame:
-    """One row for each run: its row of the table, the paper's numbers, and all settings and metrics."""
+def csv_rows(lines: Sequence[Line], runs_folder: Path) -> pd.DataFrame:
+    """One row for each run: its row of the table, the paper's numbers, its folder, and all settings and metrics."""
     frames = []
     for line in lines:
         named = {"preset": line.preset, "row": line.title} | {f"paper: {name}": n for name, n in line.paper.items()}
         runs = line.runs.drop(columns=[*named, "problem", "simplifications"], errors="ignore").reset_index(drop=True)
+        if len(runs):
+            runs["folder"] = [str(Path(folder).relative_to(runs_folder)) for folder in runs["folder"]]
         frames.append(pd.DataFrame(named, index=runs.index).join(runs) if len(runs) else pd.DataFrame([named]))
     return pd.concat(frames, ignore_index=True)
 
@@ -224,6 +228,6 @@ def write(table: Table, size: str, seeds: Sequence[int], runs: Path, out: Path) 
     text = markdown(table, size, lines, left_out, seeds)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{table.name}.md").write_text(text, encoding="utf-8")
-    csv_rows(lines).to_csv(out / f"{table.name}.csv", index=False)
+    csv_rows(lines, runs).to_csv(out / f"{table.name}.csv", index=False)
     draw(table, size, lines, [out / f"{table.name}.{ending}" for ending in ("svg", "png")])
     return text, sum(len(missing_seeds(preset, size, seeds, runs)) for preset in table.rows)

@@ -89,6 +89,7 @@ def test_the_table_has_the_paper_s_number_beside_ours_and_says_what_is_missing(t
     assert (tmp_path / "out/table1.md").read_text() == text
     csv = pd.read_csv(tmp_path / "out/table1.csv")
     assert csv["preset"].tolist() == [SHORT, LONG, LONG]  # a line for the row that was not run, and for each run
+    assert csv["folder"].dropna().tolist() == [f"mini/{LONG}/seed{seed}" for seed in (1, 2)]
     assert csv["test/accuracy"].dropna().tolist() == pytest.approx(ours)
 
 
