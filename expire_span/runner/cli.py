@@ -39,7 +39,7 @@ from .config.value_sources import read_first, value_sources
 from .errors import USER_ERRORS, exit_with_message, one_line, root_cause
 from .evaluate import evaluate_run
 from .logging.metrics import Metrics
-from .logging.wandb_logger import MAX_NAME_LENGTH
+from .logging.wandb_logger import MAX_TAG_LENGTH
 from .output import keep_running_without_output
 from .preemption import requeue_after_saving
 from .ranks import is_reporter
@@ -213,8 +213,8 @@ def run_job(config: DictConfig) -> Metrics:
         return resume_job(folder, [text.lstrip("+") for text in overrides if not text.startswith("resume=")])
     check_recipe(overrides, config_folders())
     config = validate(config)
-    if config.wandb.group is None and (folder.parent / "multirun.yaml").exists():  # written by Hydra for a sweep
-        config.wandb.group = folder.parent.name[:MAX_NAME_LENGTH]
+    if (folder.parent / "multirun.yaml").exists():  # written by Hydra for a sweep
+        config.wandb.tags = [*config.wandb.tags, folder.parent.name[:MAX_TAG_LENGTH]]
     hydra_node: Any = OmegaConf.to_container(hydra_config, resolve=False, enum_to_str=True)
     files = ConfigFiles(config, hydra_node, overrides)
     with lock_by_main(folder, config):

@@ -196,7 +196,8 @@ def metric_logger(trainer: Trainer) -> Iterator[Callable[[Metrics], None]]:
     progress_bar = tqdm(total=config.train.updates, initial=trainer.update, disable=disable)
     path = folder / "metrics.jsonl"
     earlier_rows = read_metrics(path) if path.exists() else []
-    with wandb_logger(config, folder.name, trainer.run_id, earlier_rows) as log_to_wandb, progress_bar:
+    wandb_run = wandb_logger(config, folder.name, trainer.run_id, earlier_rows, trainer.task.metric)
+    with wandb_run as log_to_wandb, progress_bar:
 
         def log_metrics(metrics: Metrics) -> None:
             row = {"update": trainer.update, **metrics}

@@ -8,7 +8,7 @@ import pytest
 from tiny_config import COPY, tiny_config
 from wandb_file import wandb_records, wandb_rows
 
-from expire_span.runner.logging.wandb_logger import wandb_logger
+from expire_span.runner.logging.wandb_logger import default_group, wandb_logger
 from expire_span.runner.run_folder.files import read_metrics
 from expire_span.runner.train import train
 
@@ -25,7 +25,7 @@ class FakeRun:
     def __init__(self, **summary):
         self.summary, self.rows = summary, []
 
-    def define_metric(self, name, step_metric):
+    def define_metric(self, name, step_metric, summary=None):
         pass
 
     def log(self, row):
@@ -43,6 +43,10 @@ def test_an_offline_run_is_kept_for_a_later_sync_under_its_own_id(tmp_path, monk
     train(tiny_config("wandb.mode=offline", "wandb.group=together", "wandb.tags=[a,b]"), folder)
     [path] = written_files()
     content = path.read_bytes()
+    [run] = [record.run for record in wandb_records(path) if record.HasField("run")]
+    assert (run.run_group, run.job_type, list(run.tags)) == ("together", "ExpireSpan", ["a", "b"])
+    [best] = [record.metric.summary for record in wandb_records(path) if record.metric.name == "test/accuracy"]
+    assert (best.max, best.min) == (True, False)
     for text in (b"together", b"train/accuracy", b"memory/size_layer_1", b"expire_span.tasks.copy.Copy"):
         assert text in content
 
@@ -103,8 +107,16 @@ def test_the_variable_wandb_mode_decides_where_the_config_says_auto(tmp_path, mo
     assert not (tmp_path / "wandb").exists()
 
 
+def test_seeds_share_a_group_and_other_settings_do_not():
+    group = default_group(tiny_config())
+    assert group.startswith("Copy-ExpireSpan-")
+    assert group == default_group(tiny_config("seed=2", "run.log_every=1", "wandb.tags=[a]"))
+    for other in ("memory.alpha=0.5", "task.episode_length=32", "train.updates=8", "model=trans_xl"):
+        assert default_group(tiny_config(other)) != group
+
+
 @pytest.mark.slow
-def test_a_run_of_a_sweep_that_is_resumed_stays_in_the_group_of_the_sweep(tmp_path):
+def test_a_run_of_a_sweep_has_its_tag_also_when_it_is_resumed(tmp_path):
     start = [sys.executable, "-m", "expire_span"]
     sweep_folder = [f"hydra.sweep.dir={tmp_path}/together", "hydra.sweep.subdir=one"]
     sweep = [*start, "-m", *COPY, "train.updates=2", "wandb.mode=offline", *sweep_folder]

@@ -1,5 +1,7 @@
 """Weights & Biases mirrors metrics.jsonl. A run never depends on it."""
 
+import hashlib
+import json
 import logging
 import math
 import os
@@ -9,6 +11,8 @@ from functools import partial
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
+
+from expire_span.tasks.base import LOWER_IS_BETTER
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +33,27 @@ def check_wandb(settings: DictConfig) -> None:
             raise ValueError(f"wandb.tags may have 1 to {MAX_TAG_LENGTH} characters each, got {len(tag)}: {tag!r}")
 
 
+def default_group(config: DictConfig) -> str:
+    """A name for the runs that differ in nothing but the seed, over which W&B averages those of one group."""
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    for key in ("seed", "run", "wandb", "evaluate", "resume", "paper", "simplified"):  # no settings of the training
+        plain.pop(key, None)
+    plain["task"].pop("seed", None)
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return f"{class_name(config.task)}-{class_name(config.model)}-{digest[:8]}"
+
+
+def class_name(section: DictConfig) -> str:
+    return str(section._target_).rpartition(".")[2]
+
+
 @contextmanager
 def wandb_logger(
-    config: DictConfig, name: str, run_id: str, earlier_rows: Iterable[Mapping[str, float]] = ()
+    config: DictConfig,
+    name: str,
+    run_id: str,
+    earlier_rows: Iterable[Mapping[str, float]] = (),
+    metric: str | None = None,
 ) -> Iterator[LogRow]:
     """Yield a function that logs one row of metrics. Any failure is reported once, and the run continues without W&B.
 
@@ -39,12 +61,16 @@ def wandb_logger(
         name: display name of the W&B run.
         run_id: W&B's id of the run, so that a resumed run continues the same one.
         earlier_rows: what a resumed run has logged before; W&B gets those rows that it lacks.
+        metric: of the task; W&B's summary shows the best value of each split beside the last one.
     """
     run, known_update = None, -math.inf  # the last update of which W&B has a row
     if config.wandb.mode != "disabled":
         try:
             run = init_run(config, name, run_id)
             run.define_metric("*", step_metric="update")  # the axis of every plot
+            best = "min" if metric in LOWER_IS_BETTER else "max"
+            for key in (f"valid/{metric}", f"test/{metric}", f"valid/rl/{metric}", f"test/rl/{metric}"):
+                run.define_metric(key, step_metric="update", summary=f"{best},last")
             known_update = run.summary.get("update", -math.inf)
         except Exception as error:  # no package, no network, no disk space: none of them may stop the run
             log.warning("W&B is off for this run (%s); metrics.jsonl has everything", error)
@@ -77,7 +103,8 @@ def init_run(config: DictConfig, name: str, run_id: str) -> Any:
         wandb.init,
         project=settings.project,
         entity=settings.entity,
-        group=settings.group,
+        group=settings.group or default_group(config),
+        job_type=class_name(config.model),
         tags=list(settings.tags),
         name=name[:MAX_NAME_LENGTH],
         id=run_id,
