@@ -5,12 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_config import COPY, tiny_config
+import yaml
+from tiny_config import COPY, compose_config, tiny_config
 from wandb_file import wandb_records, wandb_rows
 
+from expire_span.runner.config.schema import validate
 from expire_span.runner.logging.wandb_logger import default_group, wandb_logger
 from expire_span.runner.run_folder.files import read_metrics
 from expire_span.runner.train import train
+from expire_span.runner.trainer import build_task
+from expire_span.tasks.base import LOWER_IS_BETTER
+
+CONF = Path(__file__).parents[2] / "conf"
 
 
 def written_files():
@@ -126,6 +132,24 @@ def test_a_run_of_a_sweep_has_its_tag_also_when_it_is_resumed(tmp_path):
         paths = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
         assert len(paths) == number
         assert all(b"together" in path.read_bytes() for path in paths)
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "wandb_sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("end", [0, -1], ids=["first point", "last point"])
+def test_the_points_of_a_wandb_sweep_are_commands_of_ours(path, end):
+    sweep = yaml.safe_load(path.read_text())
+    assert sweep["command"] == ["${env}", "expire-span", "${args_no_hyphens}"]
+    points = {  # the ends of each parameter, as wandb agent writes them
+        key: parameter.get("values", [parameter.get("value", parameter.get("min")), parameter.get("max")])
+        for key, parameter in sweep["parameters"].items()
+    }
+    overrides = [f"{key}={values[0] if values[end] is None else values[end]}" for key, values in points.items()]
+    config = validate(compose_config(*overrides))
+    assert config.wandb.mode == "online"
+    split, metric = sweep["metric"]["name"].split("/")
+    assert split in config.eval.splits
+    assert metric == build_task(config).metric
+    assert (sweep["metric"]["goal"] == "minimize") == (metric in LOWER_IS_BETTER)
 
 
 def test_a_run_without_the_package_continues_and_says_so(tmp_path, monkeypatch, caplog):
