@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from tiny_config import COPY, compose_config, tiny_config
 
 from expire_span.paper_tables import Table, missing_seeds, paper_numbers, read_lines, read_table, table_names, write
-from expire_span.runner.commands.paper import launch, sweeps
+from expire_span.runner.commands.paper import Progress, launch, sweeps
 from expire_span.runner.config.schema import validate
 from expire_span.runner.run_folder.config_files import ConfigFiles, load_config
 from expire_span.runner.train import train
@@ -67,6 +67,19 @@ def test_rows_that_lack_the_same_seeds_are_one_sweep(tmp_path):
     (folder / "summary.json").write_text("{")  # a run that was cut short, or damaged
     [both] = sweeps([TABLE], "mini", [1, 2], tmp_path, [])
     assert [f"experiment=mini/{SHORT},mini/{LONG}", "seed=1,2"] == both[1:3]
+
+
+def test_the_progress_counts_the_updates_of_runs_that_have_begun(tmp_path):
+    make_run(tmp_path, LONG, 1)
+    begun = make_run(tmp_path, LONG, 2)
+    (begun / "summary.json").unlink()
+    text = (begun / ".hydra/config.yaml").read_text()
+    (begun / ".hydra/config.yaml").write_text(text.replace("\n  updates: 2\n", "\n  updates: 8\n"))
+    progress = Progress([TABLE], "mini", [1, 2], tmp_path)
+    assert str(progress) == "1 of 4 runs are done, 1 begun"
+    progress.start -= 60
+    make_run(tmp_path, SHORT, 1)
+    assert str(progress) == "2 of 4 runs are done, 1 begun, about 2 min left"  # 1.75 more at one in a minute
 
 
 def test_the_table_has_the_paper_s_number_beside_ours_and_says_what_is_missing(tmp_path):

@@ -11,13 +11,25 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from expire_span.paper_tables import SIZES, Table, missing_seeds, preset_name, read_table, table_names, write
+from expire_span.paper_tables import (
+    SIZES,
+    Table,
+    is_finished,
+    missing_seeds,
+    preset_name,
+    read_table,
+    table_names,
+    write,
+)
 
 from ..config.overrides import is_override, parse, quote
 from ..errors import exit_with_message
+from ..run_folder.config_files import load_config
+from ..run_folder.files import read_metrics
 from ..stop_signals import Stopped, heeded_signals
 
 FREE = ("hydra", "run", "wandb")  # sections that change no result
@@ -48,8 +60,38 @@ def sweeps(
     ]
 
 
-def launch(arguments: Sequence[str]) -> int:
-    """Run a sweep; a signal is passed on to it, which saves and ends."""
+class Progress:
+    """How much of all runs is done, and how long the rest takes at the pace since this was constructed."""
+
+    def __init__(self, tables: Sequence[Table], size: str, seeds: Sequence[int], runs: Path):
+        presets = dict.fromkeys(preset for table in tables for preset in table.rows)
+        self.folders = [runs / size / preset / f"seed{seed}" for preset in presets for seed in seeds]
+        self.start, self.done_before = time.monotonic(), sum(map(done_share, self.folders))
+
+    def __str__(self) -> str:
+        shares = list(map(done_share, self.folders))
+        text = f"{shares.count(1)} of {len(shares)} runs are done, {sum(0 < share < 1 for share in shares)} begun"
+        if (made := sum(shares) - self.done_before) > 0:
+            seconds = (time.monotonic() - self.start) * (len(shares) - sum(shares)) / made
+            text += (
+                f", about {seconds / 3600:.1f} hours left" if seconds > 5400 else f", about {seconds / 60:.0f} min left"
+            )
+        return text
+
+
+def done_share(folder: Path) -> float:
+    """The part of its updates that a run has logged."""
+    if is_finished(folder):
+        return 1
+    try:
+        update = read_metrics(folder / "metrics.jsonl")[-1]["update"]
+        return min(update / load_config(folder).train.updates, 0.99)
+    except (IndexError, KeyError, OSError, ValueError):
+        return 0
+
+
+def launch(arguments: Sequence[str], progress: object = "", seconds: float = 60) -> int:
+    """Run a sweep, and tell the progress now and then; a signal is passed on to it, which saves and ends."""
     print(f"expire-span {shlex.join(arguments)}", flush=True)
     environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
     process = subprocess.Popen([sys.executable, "-m", "expire_span", *arguments], env=environment, process_group=0)
@@ -61,7 +103,11 @@ def launch(arguments: Sequence[str]) -> int:
 
     previous = {number: signal.signal(number, stop) for number in heeded_signals()}
     try:
-        code = process.wait()
+        while (code := process.poll()) is None:
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                print(progress, flush=True)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -119,7 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.dry_run:
             print("\n".join(f"expire-span {shlex.join(command)}" for command in commands) or "nothing is missing")
             return
-        failed = [code for code in map(launch, commands) if code]
+        progress = Progress(tables, size, seeds, options.runs)
+        if commands:
+            print(progress, flush=True)
+        failed = [code for code in [launch(command, progress) for command in commands] if code]
         missing = 0
         for table in tables:
             text, number = write(table, size, seeds, options.runs, options.out / size)
