@@ -21,7 +21,7 @@ from .runner.run_folder.files import read_summary
 
 CONF = files("expire_span.conf")
 SIZES = ("mini", "paper")
-COLOR = "#cf4457"
+COLORS = ("#cf4457", "#2c6a82", "#d99a2b", "#6b6b6b")
 COSTS = {  # columns beside the results, by metric
     "memory/held": "memories held",
     "memory/bytes": "bytes of a stream",
@@ -38,6 +38,7 @@ class Table(NamedTuple):
     title: str
     metrics: list[str]
     rows: dict[str, str]  # what the table calls each preset
+    against: str = ""  # the metric on the horizontal axis of a figure; none: bars
 
 
 class Line(NamedTuple):
@@ -110,7 +111,8 @@ def markdown(table: Table, size: str, lines: Sequence[Line], left_out: Sequence[
     """The table, and beneath it what its runs were."""
     rows = [cells(table, line, seeds) for line in lines]
     names = dict.fromkeys(name for row in rows for name in row)
-    frame = pd.DataFrame([[row.get(name, "") for name in names] for row in rows], columns=list(names))
+    shown = [name for name in names if any(row.get(name) for row in rows)]  # a figure may have no numbers of the paper
+    frame = pd.DataFrame([[row.get(name, "") for name in shown] for row in rows], columns=shown)
     parts = [f"# {table.title}", f"`expire-span-paper {table.name} size={size}`"]
     if size != "paper":
         parts.append(f"The paper's numbers are of its own sizes, ours of size={size}, with spans in proportion.")
@@ -196,30 +198,54 @@ def csv_rows(lines: Sequence[Line], runs_folder: Path) -> pd.DataFrame:
 
 
 def draw(table: Table, size: str, lines: Sequence[Line], paths: Sequence[Path]) -> None:
-    """A picture of the first metric: the paper's number, each seed, and their mean."""
+    """A picture of the first metric: bars, or points against another metric."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    metric = table.metrics[0]
-    shown = [line for line in lines if metric in line.paper or not line.paper]
-    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.45 * len(shown)), layout="constrained")
-    for place, line in enumerate(shown):
-        paper, ours = scaled(metric, line.paper.get(metric, math.nan)), scaled(metric, measured(metric, line.runs))
-        labels = ("the paper", f"{size}, each seed", f"{size}, mean") if place == 0 else (None,) * 3
-        axis.plot(paper, place, "D", color="gray", label=labels[0])
-        axis.plot(ours, [place] * len(ours), "o", markersize=4, color=COLOR, label=labels[1])
-        axis.barh(place, ours.mean(), height=0.5, color=COLOR, alpha=0.35, label=labels[2])
-    axis.set_yticks(range(len(shown)), [line.title for line in shown])
-    axis.set(xlabel=head(metric), title=table.title)
-    axis.invert_yaxis()
-    axis.grid(axis="x", alpha=0.3)
-    if shown:
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    shown = [line for line in lines if table.metrics[0] in line.paper or not line.paper]
+    height = 4.0 if table.against else 0.9 + 0.45 * len(shown)
+    figure, axis = plt.subplots(figsize=(7, height), layout="constrained")
+    (draw_against if table.against else draw_bars)(axis, table, size, shown)
+    axis.set_title(table.title)
+    if axis.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     for path in paths:
         figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_bars(axis: Any, table: Table, size: str, lines: Sequence[Line]) -> None:
+    """A bar for each row: the paper's number, each seed, and their mean."""
+    metric = table.metrics[0]
+    for place, line in enumerate(lines):
+        paper, ours = scaled(metric, line.paper.get(metric, math.nan)), scaled(metric, measured(metric, line.runs))
+        labels = ("the paper", f"{size}, each seed", f"{size}, mean") if place == 0 else (None,) * 3
+        axis.plot(paper, place, "D", color="gray", label=labels[0])
+        axis.plot(ours, [place] * len(ours), "o", markersize=4, color=COLORS[0], label=labels[1])
+        axis.barh(place, ours.mean(), height=0.5, color=COLORS[0], alpha=0.35, label=labels[2])
+    axis.set_yticks(range(len(lines)), [line.title for line in lines])
+    axis.set_xlabel(head(metric))
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+
+
+def draw_against(axis: Any, table: Table, size: str, lines: Sequence[Line]) -> None:
+    """A curve for each model: every seed a point, and a line through the rows' means over seeds."""
+    metric = table.metrics[0]
+    models: dict[str, list[pd.DataFrame]] = {}
+    for line in lines:
+        points = {"x": measured(table.against, line.runs), "y": scaled(metric, measured(metric, line.runs))}
+        if all(len(values) for values in points.values()):
+            models.setdefault(line.runs["model"].iloc[0], []).append(pd.DataFrame(points))
+    for color, (model, rows) in zip(COLORS, models.items(), strict=False):
+        means = pd.DataFrame([row.mean() for row in rows]).sort_values("x")
+        axis.plot(means["x"], means["y"], color=color)
+        every = pd.concat(rows)
+        axis.plot(every["x"], every["y"], "o", markersize=5, color=color, alpha=0.6, label=f"{model}, each seed")
+    axis.set(xlabel=f"{head(table.against)}, {size}", ylabel=head(metric))
+    axis.grid(alpha=0.3)
 
 
 def write(table: Table, size: str, seeds: Sequence[int], runs: Path, out: Path) -> tuple[str, int]:

@@ -26,7 +26,7 @@ def sources_of(*overrides, folders=PACKAGE, **choices):
     chosen = OmegaConf.to_container(config.hydra.runtime.choices)
     with open_dict(config):
         del config["hydra"]
-    return value_sources(validate(config), chosen, folders, overrides)
+    return value_sources(validate(config), chosen, folders, [*groups, *overrides])
 
 
 def marked(mark, *overrides, **choices):

@@ -55,7 +55,7 @@ def value_sources(
             notes |= {key.removeprefix("simplified."): new[key][0] for key in new if key.startswith("simplified.")}
             written |= new
 
-    user_keys = [override.key_or_group for override in map(parse, overrides)]
+    user_keys = {override.key_or_group for override in map(parse, overrides)} - {*GROUPS}  # task=copy sets no value
 
     def set_by_user(key: str) -> bool:
         return any(f"{key}.".startswith(f"{user_key}.") for user_key in user_keys)
