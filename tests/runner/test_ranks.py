@@ -30,7 +30,7 @@ EXTRA = {
     "corridor": ["actor_critic.update_epochs=2", "eval.max_blocks=1", "eval.interval=4"],
 }
 TASKS = ["text", "copy", "instruction", "corridor"]
-PAIRS = [  # every task and every model once; all others are slow tests
+PAIRS = [  # every task and every model once; the others, in several processes, are slow tests
     ("text", "compressive"),
     ("copy", "expire_span"),
     ("instruction", "adaptive_span"),
@@ -72,14 +72,8 @@ def assert_same_run(expected, actual, rel=1e-10):
     assert read_summary(expected)["protocol"] == read_summary(actual)["protocol"]
 
 
-@pytest.mark.parametrize(
-    ("task", "model"),
-    [
-        pytest.param(task, model, marks=[] if (task, model) in PAIRS else pytest.mark.slow)
-        for task in TASKS
-        for model in config_options("model")
-    ],
-)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("model", config_options("model"))
 def test_micro_batches_give_the_result_of_the_whole_batch(task, model, whole_batch, tmp_path):
     (overrides, text), expected = whole_batch(task, model)
     train(tiny_config(*overrides, "train.micro_batch_size=2", task=task, text=text), tmp_path)
