@@ -70,6 +70,15 @@ def test_cached_data_of_another_version_of_the_generator_are_not_used(monkeypatc
     assert before.data_info == same.data_info != after.data_info
 
 
+@pytest.mark.parametrize(("task", "arguments"), [(Collision, COLLISION), (CollisionEasy, EASY)])
+def test_what_a_summary_says_of_the_data_is_the_same_for_every_seed(monkeypatch, tmp_path, task, arguments):
+    monkeypatch.setenv("EXPIRE_SPAN_CACHE", str(tmp_path))
+    first, second = (task(**arguments | {"seed": seed}) for seed in (1, 2))
+    assert first.data_info == second.data_info  # or their runs would share no row of a report
+    blocks = [next(each.stream("train", 2, 16)) for each in (first, second)]
+    assert not torch.equal(blocks[0].tokens, blocks[1].tokens)
+
+
 @pytest.mark.parametrize(
     ("task", "expected"),
     [(Corridor(observe_last_action=True, **CORRIDOR), "ae18c2949c7bb237"), (Portal(**PORTAL), "b8d7ebbc08f1b6e6")],
