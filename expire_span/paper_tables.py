@@ -98,12 +98,10 @@ def read_lines(table: Table, size: str, runs: Path) -> tuple[list[Line], list[st
         try:
             groups, others = group_seeds(load_runs(folder))
         except ValueError:  # there is no run
-            lines.append(Line(preset, title, paper, pd.DataFrame()))
-            continue
+            groups, others = [], pd.DataFrame()
         left_out += [f"{run.folder}: {run.problem}" for run in others.itertuples()]
-        lines += [Line(preset, title, paper, group) for _, group in groups] or [
-            Line(preset, title, paper, pd.DataFrame())
-        ]
+        runs_of_lines = [group for _, group in groups] or [pd.DataFrame()]
+        lines += [Line(preset, title, paper, runs_of_line) for runs_of_line in runs_of_lines]
     return lines, left_out
 
 

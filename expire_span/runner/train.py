@@ -196,7 +196,7 @@ def metric_logger(trainer: Trainer) -> Iterator[Callable[[Metrics], None]]:
     progress_bar = tqdm(total=config.train.updates, initial=trainer.update, disable=disable)
     path = folder / "metrics.jsonl"
     earlier_rows = read_metrics(path) if path.exists() else []
-    wandb_run = wandb_logger(config, folder.name, trainer.run_id, earlier_rows, trainer.task.metric)
+    wandb_run = wandb_logger(config, folder.name, trainer.run_id, trainer.task.metric, earlier_rows)
     with wandb_run as log_to_wandb, progress_bar:
 
         def log_metrics(metrics: Metrics) -> None:

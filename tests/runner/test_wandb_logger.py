@@ -79,7 +79,7 @@ def test_an_offline_run_that_goes_on_writes_all_rows_anew(tmp_path, monkeypatch)
 @pytest.mark.parametrize(("ending", "preempted"), [(SystemExit, True), (ValueError, False)])
 def test_a_stopped_run_is_preempted_and_one_with_an_error_has_failed(ending, preempted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ending), wandb_logger(tiny_config("wandb.mode=offline"), "run", "id123456"):
+    with pytest.raises(ending), wandb_logger(tiny_config("wandb.mode=offline"), "run", "id123456", "accuracy"):
         raise ending
     [path] = written_files()
     records = list(wandb_records(path))

@@ -44,6 +44,7 @@ def default_group(config: DictConfig) -> str:
 
 
 def class_name(section: DictConfig) -> str:
+    """The class that a section of the config builds, without its module."""
     return str(section._target_).rpartition(".")[2]
 
 
@@ -52,16 +53,16 @@ def wandb_logger(
     config: DictConfig,
     name: str,
     run_id: str,
+    metric: str,
     earlier_rows: Iterable[Mapping[str, float]] = (),
-    metric: str | None = None,
 ) -> Iterator[LogRow]:
     """Yield a function that logs one row of metrics. Any failure is reported once, and the run continues without W&B.
 
     Args:
         name: display name of the W&B run.
         run_id: W&B's id of the run, so that a resumed run continues the same one.
-        earlier_rows: what a resumed run has logged before; W&B gets those rows that it lacks.
         metric: of the task; W&B's summary shows the best value of each split beside the last one.
+        earlier_rows: what a resumed run has logged before; W&B gets those rows that it lacks.
     """
     run, known_update = None, -math.inf  # the last update of which W&B has a row
     if config.wandb.mode != "disabled":
