@@ -2,26 +2,26 @@
 
     RUNS/SIZE/PRESET/seedN     one run for each row and seed; a row that two tables share is run once
 
-A table is a file of conf/tables: a title, metrics, and rows, which are presets of conf/experiment (at the paper's size)
-or conf/experiment/SIZE.
+A table is a file of conf/tables: a title, metrics, and rows. A row is a preset of conf/experiment (at the paper's size)
+or conf/experiment/SIZE; or one of the `curves` of a task: a value of one key, for one model.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from .results import load_runs
-from .runner.commands.report import format_number, format_seeds, group_seeds
+from .runner.commands.report import format_number, format_seeds, group_seeds, parse_threshold
+from .runner.config.overrides import parse
 from .runner.run_folder.files import read_summary
 
 CONF = files("expire_span.conf")
 SIZES = ("mini", "paper")
-COLORS = ("#cf4457", "#2c6a82", "#d99a2b", "#6b6b6b")
+SEEDS = (1, 2, 3)  # of a row whose table says nothing else
 COSTS = {  # columns beside the results, by metric
     "memory/held": "memories held",
     "memory/bytes": "bytes of a stream",
@@ -31,22 +31,33 @@ COSTS = {  # columns beside the results, by metric
 }
 
 
+class Row(NamedTuple):
+    """A row of a table: settings, and the seeds that it is run with."""
+
+    preset: str  # the name of the settings, of their run folders, and of the group in W&B
+    title: str
+    overrides: tuple[str, ...]  # what `expire-span` is told to run it; none: not known yet
+    paper: dict[str, float]  # the paper's numbers, by metric
+    seeds: tuple[int, ...]
+    is_curve: bool = False  # whether it is a point of a curve, and not a preset
+
+
 class Table(NamedTuple):
     """One of the paper's tables, or a figure that a table can show."""
 
     name: str
     title: str
     metrics: list[str]
-    rows: dict[str, str]  # what the table calls each preset
+    rows: list[Row]
     against: str = ""  # the metric on the horizontal axis of a figure; none: bars
+    learned: str = ""  # a condition that tells seeds that have learned the task: test/accuracy>=0.9
+    given: Sequence[str] = ()  # keys that the command line must give, such as task.path
 
 
 class Line(NamedTuple):
     """A row of a table as it was run: with one config, and some number of seeds."""
 
-    preset: str
-    title: str
-    paper: dict[str, float]  # the paper's numbers
+    row: Row
     runs: pd.DataFrame  # as `load_runs` gives them; empty: not run
 
 
@@ -55,12 +66,41 @@ def table_names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in (CONF / "tables").iterdir())
 
 
-def read_table(name: str) -> Table:
-    """Raises ValueError for a table that does not exist."""
+def read_table(name: str, size: str, seeds: Sequence[int] = ()) -> Table:
+    """Read a table.
+
+    Args:
+        name: a file of conf/tables.
+        size: one of SIZES. A table of curves may have none at a size, and then has no rows.
+        seeds: those of every row; none: as many as the table says.
+
+    Raises:
+        ValueError: if there is no such table.
+    """
     if name not in table_names():
         raise ValueError(f"there is no {name}; there are {', '.join(table_names())}, or all of them by all")
-    content: Any = OmegaConf.to_container(OmegaConf.create((CONF / "tables" / f"{name}.yaml").read_text()))
-    return Table(name, **content)
+    content = table_content(name)
+    counts = content.pop("seeds", {})
+    rows = [
+        Row(preset, title, (f"experiment={preset_name(preset, size)}",), paper_numbers(preset), tuple(seeds or SEEDS))
+        for preset, title in content.pop("rows", {}).items()
+    ]
+    for model, settings in content.pop("curves", {}).get(size, {}).items():
+        [(key, values)] = [(key, value) for key, value in settings.items() if isinstance(value, list)]
+        fixed = [f"{name}={value}" for name, value in settings.items() if name != key]
+        own = tuple(seeds or range(1, counts.get(model, len(SEEDS)) + 1))
+        for value in values:
+            overrides = (f"task={content['task']}", f"model={model}", f"size={size}", *fixed, f"{key}={value}")
+            title = f"{model}, {key.rpartition('.')[2]}={value}"
+            rows.append(Row(f"{name}/{model}_{value}", title, overrides, {}, own, is_curve=True))
+    content.pop("task", None)
+    return Table(name, rows=rows, **content)
+
+
+def table_content(name: str) -> dict[str, Any]:
+    """A file of conf/tables."""
+    text = (CONF / "tables" / f"{name}.yaml").read_text()
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
 
 
 def preset_name(preset: str, size: str) -> str:
@@ -69,9 +109,27 @@ def preset_name(preset: str, size: str) -> str:
 
 
 def paper_numbers(preset: str) -> dict[str, float]:
-    """The paper's own numbers for a row, by metric."""
-    content: Any = OmegaConf.create((CONF / "experiment" / f"{preset}.yaml").read_text())
-    return dict(content.get("paper") or {})
+    """The paper's own numbers for a preset, by metric."""
+    return dict(read_preset(preset).get("paper") or {})
+
+
+def preset_content(overrides: Sequence[str]) -> dict[str, Any]:
+    """The content of a preset that does what these overrides do, of which the first may name another preset."""
+    content = OmegaConf.create({"defaults": []})
+    for override in map(parse, overrides):
+        key, value = override.key_or_group, override.value()
+        if key == "experiment":
+            content = read_preset(str(value))
+        elif key in ("task", "model", "size"):
+            content.defaults.append({f"override /{key}": value})
+        else:
+            OmegaConf.update(content, key, value)
+    return cast(dict[str, Any], OmegaConf.to_container(content))
+
+
+def read_preset(name: str) -> DictConfig:
+    """A file of conf/experiment."""
+    return cast(DictConfig, OmegaConf.create((CONF / "experiment" / f"{name}.yaml").read_text()))
 
 
 def is_finished(folder: Path) -> bool:
@@ -82,9 +140,9 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
-def missing_seeds(preset: str, size: str, seeds: Sequence[int], runs: Path) -> tuple[int, ...]:
+def missing_seeds(row: Row, size: str, runs: Path) -> tuple[int, ...]:
     """The seeds of a row that are still to be run."""
-    return tuple(seed for seed in seeds if not is_finished(runs / size / preset / f"seed{seed}"))
+    return tuple(seed for seed in row.seeds if not is_finished(runs / size / row.preset / f"seed{seed}"))
 
 
 def read_lines(table: Table, size: str, runs: Path) -> tuple[list[Line], list[str]]:
@@ -93,48 +151,53 @@ def read_lines(table: Table, size: str, runs: Path) -> tuple[list[Line], list[st
     A row whose runs differ in more than the seed has several lines.
     """
     lines, left_out = [], []
-    for preset, title in table.rows.items():
-        paper, folder = paper_numbers(preset), runs / size / preset
+    for row in table.rows:
         try:
-            groups, others = group_seeds(load_runs(folder))
+            groups, others = group_seeds(load_runs(runs / size / row.preset))
         except ValueError:  # there is no run
             groups, others = [], pd.DataFrame()
         left_out += [f"{run.folder}: {run.problem}" for run in others.itertuples()]
         runs_of_lines = [group for _, group in groups] or [pd.DataFrame()]
-        lines += [Line(preset, title, paper, runs_of_line) for runs_of_line in runs_of_lines]
+        lines += [Line(row, runs_of_line) for runs_of_line in runs_of_lines]
     return lines, left_out
 
 
-def markdown(table: Table, size: str, lines: Sequence[Line], left_out: Sequence[str], seeds: Sequence[int]) -> str:
-    """The table, and beneath it what its runs were."""
-    rows = [cells(table, line, seeds) for line in lines]
+def markdown(table: Table, size: str, lines: Sequence[Line], left_out: Sequence[str], tuning: str = "") -> str:
+    """The table, and beneath it what its runs were; `tuning` says in Markdown how their settings were chosen."""
+    rows = [cells(table, line) for line in lines]
     names = dict.fromkeys(name for row in rows for name in row)
     shown = [name for name in names if any(row.get(name) for row in rows)]  # a figure may have no numbers of the paper
     frame = pd.DataFrame([[row.get(name, "") for name in shown] for row in rows], columns=shown)
-    parts = [f"# {table.title}", f"`expire-span-paper {table.name} size={size}`"]
-    if size != "paper":
+    command = f"expire-span-paper {table.name} size={size}{' --tune' if tuning else ''}"
+    parts = [f"# {table.title}", f"`{command}`"]
+    if size != "paper" and any(line.row.paper for line in lines):
         parts.append(f"The paper's numbers are of its own sizes, ours of size={size}, with spans in proportion.")
     parts.append(frame.to_markdown(index=False, tablefmt="github", disable_numparse=True))
+    if tuning:
+        parts.append(tuning)
     if notes := [*provenance_notes(lines), *(f"Not in the table: {text}" for text in left_out)]:
         parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
 
 
-def cells(table: Table, line: Line, seeds: Sequence[int]) -> dict[str, str]:
+def cells(table: Table, line: Line) -> dict[str, str]:
     """A row of the table, by the heads of its columns."""
-    row = {"": line.title}
+    row = {"": line.row.title}
     for metric in table.metrics:
-        row[f"{head(metric)}: paper"] = (
-            format_number(scaled(metric, line.paper[metric])) if metric in line.paper else ""
-        )
+        paper = line.row.paper
+        row[f"{head(metric)}: paper"] = format_number(scaled(metric, paper[metric])) if metric in paper else ""
         row["ours" if len(table.metrics) == 1 else f"{head(metric)}: ours"] = result(metric, line)
-    count = len(line.runs)
-    row["seeds"] = str(count) if count >= len(seeds) else f"{count} of {len(seeds)}"
+    count, planned = len(line.runs), len(line.row.seeds)
+    row["seeds"] = str(count) if count >= planned else f"{count} of {planned}"
     if count:
+        if table.learned:
+            metric, compares, value = parse_threshold(table.learned, ())
+            learned = int(compares(measured(metric, line.runs), value).sum())
+            row[table.learned] = f"{learned} of {count}"
         row["L"] = format_number(line.runs["protocol.max_span"].iloc[0])
     for metric, name in COSTS.items():
         if metric not in table.metrics and len(values := measured(metric, line.runs)):
-            row[name] = format_seeds(values, spread=False)
+            row[name] = format_seeds(values, spread=metric == "memory/held")
     if count:
         row["updates"] = format_number(line.runs["protocol.updates"].iloc[0])
     return row
@@ -142,7 +205,7 @@ def cells(table: Table, line: Line, seeds: Sequence[int]) -> dict[str, str]:
 
 def result(metric: str, line: Line) -> str:
     """Ours: mean and standard deviation over the seeds, or why there is none."""
-    if metric not in line.paper and line.paper:
+    if metric not in line.row.paper and line.row.paper:
         return ""  # another row's metric
     if line.runs.empty:
         return "not run"
@@ -169,89 +232,48 @@ def head(metric: str) -> str:
 
 
 def provenance_notes(lines: Sequence[Line]) -> list[str]:
-    """Where and when the runs were made, and what is simpler than in the paper."""
-    runs = pd.concat([line.runs for line in lines]) if any(len(line.runs) for line in lines) else pd.DataFrame()
-    if runs.empty:
+    """Where, when and how the runs were made, what is simpler than in the paper, and what the paper leaves open."""
+    if not any(len(line.runs) for line in lines):
         return []
+    runs = pd.concat([line.runs for line in lines])
     notes = []
     by = runs.groupby(["protocol.device", "protocol.precision", "commit"], dropna=False)
     for (device, precision, commit), group in by:
         first, last = (f"{time:%Y-%m-%d}" for time in (group["started"].min(), group["started"].max()))
         when = first if first == last else f"{first} to {last}"
         notes.append(f"{len(group)} runs on {device}, {precision}, commit {str(commit)[:10]}, {when}.")
+    names = ("batch_size", "block_size", "eval_batch_size", "eval_block_size")
+    for sizes, group in runs.groupby([f"protocol.{name}" for name in names], dropna=False):
+        batch, block, eval_batch, eval_block = map(format_number, sizes)
+        which = "" if len(group) == len(runs) else f"{len(group)} runs: "
+        notes.append(
+            f"{which}training in {batch} streams and blocks of {block} timesteps, evaluation of the last weights in "
+            f"{eval_batch} streams and blocks of {eval_block}, from an empty memory."
+        )
     simplified = dict.fromkeys(note for texts in runs["simplifications"] for note in texts)
-    return [*notes, *(f"Simplified: {note}." for note in simplified)]
+    notes += [f"Simplified: {note}." for note in simplified]
+    if choices := our_choices(runs["folder"]):
+        notes.append(f"Our choices, where the paper is silent: {choices}.")
+    return notes
+
+
+def our_choices(folders: Iterable[str]) -> str:
+    """The settings that are neither the paper's nor its released code's, with all values that these runs have."""
+    values: dict[str, dict[str, None]] = {}
+    for folder in folders:
+        for key, value in (read_summary(Path(folder)).get("value_sources") or {}).get("our choice", {}).items():
+            values.setdefault(key, {})[str(value)] = None
+    return ", ".join(f"{key} {' or '.join(several)}" for key, several in sorted(values.items()))
 
 
 def csv_rows(lines: Sequence[Line], runs_folder: Path) -> pd.DataFrame:
     """One row for each run: its row of the table, the paper's numbers, its folder, and all settings and metrics."""
     frames = []
     for line in lines:
-        named = {"preset": line.preset, "row": line.title} | {f"paper: {name}": n for name, n in line.paper.items()}
+        paper = {f"paper: {name}": number for name, number in line.row.paper.items()}
+        named = {"preset": line.row.preset, "row": line.row.title} | paper
         runs = line.runs.drop(columns=[*named, "problem", "simplifications"], errors="ignore").reset_index(drop=True)
         if len(runs):
             runs["folder"] = [str(Path(folder).relative_to(runs_folder)) for folder in runs["folder"]]
         frames.append(pd.DataFrame(named, index=runs.index).join(runs) if len(runs) else pd.DataFrame([named]))
     return pd.concat(frames, ignore_index=True)
-
-
-def draw(table: Table, size: str, lines: Sequence[Line], paths: Sequence[Path]) -> None:
-    """A picture of the first metric: bars, or points against another metric."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [line for line in lines if table.metrics[0] in line.paper or not line.paper]
-    height = 4.0 if table.against else 0.9 + 0.45 * len(shown)
-    figure, axis = plt.subplots(figsize=(7, height), layout="constrained")
-    (draw_against if table.against else draw_bars)(axis, table, size, shown)
-    axis.set_title(table.title)
-    if axis.get_legend_handles_labels()[1]:
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    for path in paths:
-        figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def draw_bars(axis: Any, table: Table, size: str, lines: Sequence[Line]) -> None:
-    """A bar for each row: the paper's number, each seed, and their mean."""
-    metric = table.metrics[0]
-    for place, line in enumerate(lines):
-        paper, ours = scaled(metric, line.paper.get(metric, math.nan)), scaled(metric, measured(metric, line.runs))
-        labels = ("the paper", f"{size}, each seed", f"{size}, mean") if place == 0 else (None,) * 3
-        axis.plot(paper, place, "D", color="gray", label=labels[0])
-        axis.plot(ours, [place] * len(ours), "o", markersize=4, color=COLORS[0], label=labels[1])
-        axis.barh(place, ours.mean(), height=0.5, color=COLORS[0], alpha=0.35, label=labels[2])
-    axis.set_yticks(range(len(lines)), [line.title for line in lines])
-    axis.set_xlabel(head(metric))
-    axis.invert_yaxis()
-    axis.grid(axis="x", alpha=0.3)
-
-
-def draw_against(axis: Any, table: Table, size: str, lines: Sequence[Line]) -> None:
-    """A curve for each model: every seed a point, and a line through the rows' means over seeds."""
-    metric = table.metrics[0]
-    models: dict[str, list[pd.DataFrame]] = {}
-    for line in lines:
-        points = {"x": measured(table.against, line.runs), "y": scaled(metric, measured(metric, line.runs))}
-        if all(len(values) for values in points.values()):
-            models.setdefault(line.runs["model"].iloc[0], []).append(pd.DataFrame(points))
-    for color, (model, rows) in zip(COLORS, models.items(), strict=False):
-        means = pd.DataFrame([row.mean() for row in rows]).sort_values("x")
-        axis.plot(means["x"], means["y"], color=color)
-        every = pd.concat(rows)
-        axis.plot(every["x"], every["y"], "o", markersize=5, color=color, alpha=0.6, label=f"{model}, each seed")
-    axis.set(xlabel=f"{head(table.against)}, {size}", ylabel=head(metric))
-    axis.grid(alpha=0.3)
-
-
-def write(table: Table, size: str, seeds: Sequence[int], runs: Path, out: Path) -> tuple[str, int]:
-    """Write NAME.md, .csv, .svg and .png; return the Markdown, and how many runs are missing."""
-    lines, left_out = read_lines(table, size, runs)
-    text = markdown(table, size, lines, left_out, seeds)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{table.name}.md").write_text(text, encoding="utf-8")
-    csv_rows(lines, runs).to_csv(out / f"{table.name}.csv", index=False)
-    draw(table, size, lines, [out / f"{table.name}.{ending}" for ending in ("svg", "png")])
-    return text, sum(len(missing_seeds(preset, size, seeds, runs)) for preset in table.rows)

@@ -1,7 +1,8 @@
 """Make tables of the paper: `expire-span-paper table3 size=mini` runs what is missing, and writes the table.
 
 RUNS/SIZE/PRESET/seedN       run folders; one that was cut short goes on, one that is finished is not run again
-OUT/SIZE/table3.md, ...      the tables as Markdown, CSV, SVG and PNG
+RUNS/conf/experiment/        presets of rows that conf/experiment does not have: points of curves, tuned settings
+OUT/SIZE/table3.md, ...      the tables as Markdown, CSV, SVG and PNG; those of tuned settings in OUT/SIZE/tuned
 """
 
 import argparse
@@ -12,19 +13,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
+
+from expire_span.paper_figures import draw
 from expire_span.paper_tables import (
     SIZES,
+    Row,
     Table,
+    csv_rows,
     is_finished,
+    markdown,
     missing_seeds,
+    preset_content,
     preset_name,
+    read_lines,
     read_table,
     table_names,
-    write,
 )
+from expire_span.paper_tuning import SEED, Choice, choose, describe, points
 
 from ..config.overrides import is_override, parse, quote
 from ..errors import exit_with_message
@@ -32,40 +41,53 @@ from ..run_folder.config_files import load_config
 from ..run_folder.files import read_metrics
 from ..stop_signals import Stopped, heeded_signals
 
-FREE = ("hydra", "run", "wandb")  # sections that change no result
+FREE = ("hydra", "run", "wandb", "tracker")  # sections that change no result
+DATA = ("task.path", "task.data_dir")  # where data lies
 SUBFOLDER = "hydra.sweep.subdir='{size}${{hydra:runtime.choices.experiment}}/seed${{seed}}'"
+HEADER = """# @package _global_
+# (c) throughout, written by expire-span-paper
+# expire-span --config-dir={folder} experiment={name}
+"""
 
 
-def sweeps(
-    tables: Sequence[Table], size: str, seeds: Sequence[int], runs: Path, overrides: Sequence[str]
-) -> list[list[str]]:
+def sweeps(rows: Sequence[Row], size: str, runs: Path, overrides: Sequence[str]) -> list[list[str]]:
     """The arguments of the sweeps that make all that is missing: one for all rows that lack the same seeds."""
-    presets_by_seeds: dict[tuple[int, ...], list[str]] = {}
-    for preset in dict.fromkeys(preset for table in tables for preset in table.rows):
-        if missing := missing_seeds(preset, size, seeds, runs):
-            presets_by_seeds.setdefault(missing, []).append(preset_name(preset, size))
-    folder = f"hydra.sweep.dir={quote(str(runs))}"
-    subfolder = SUBFOLDER.format(size="" if size != "paper" else "paper/")
+    presets_by_seeds: dict[tuple[int, ...], dict[str, None]] = {}
+    for row in rows:
+        if row.overrides and (missing := missing_seeds(row, size, runs)):
+            presets_by_seeds.setdefault(missing, {})[preset_name(row.preset, size)] = None
+    common = [f"hydra.sweep.dir={quote(str(runs))}", SUBFOLDER.format(size="" if size != "paper" else "paper/")]
+    common += ["wandb.group='${hydra:runtime.choices.experiment}'", *overrides]
+    if any(not in_conf(row, size) for row in rows):
+        common += [f"--config-dir={runs / 'conf'}"]
     return [
-        [
-            "-m",
-            f"experiment={','.join(presets)}",
-            f"seed={','.join(map(str, missing))}",
-            folder,
-            subfolder,
-            "wandb.group='${hydra:runtime.choices.experiment}'",
-            *overrides,
-        ]
+        ["-m", f"experiment={','.join(presets)}", f"seed={','.join(map(str, missing))}", *common]
         for missing, presets in presets_by_seeds.items()
     ]
+
+
+def in_conf(row: Row, size: str) -> bool:
+    """Whether a row is a preset of conf/experiment as it stands."""
+    return row.overrides in ((), (f"experiment={preset_name(row.preset, size)}",))
+
+
+def write_presets(rows: Sequence[Row], size: str, runs: Path) -> None:
+    """Write the presets of rows that conf/experiment does not have."""
+    folder = runs / "conf"
+    for row in rows:
+        if not in_conf(row, size):
+            name = preset_name(row.preset, size)
+            path = folder / "experiment" / f"{name}.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            header = HEADER.format(folder=folder, name=name)
+            path.write_text(header + yaml.safe_dump(preset_content(row.overrides), sort_keys=False), encoding="utf-8")
 
 
 class Progress:
     """How much of all runs is done, and how long the rest takes at the pace since this was constructed."""
 
-    def __init__(self, tables: Sequence[Table], size: str, seeds: Sequence[int], runs: Path):
-        presets = dict.fromkeys(preset for table in tables for preset in table.rows)
-        self.folders = [runs / size / preset / f"seed{seed}" for preset in presets for seed in seeds]
+    def __init__(self, rows: Sequence[Row], size: str, runs: Path):
+        self.folders = [runs / size / row.preset / f"seed{seed}" for row in rows for seed in row.seeds]
         self.start, self.done_before = time.monotonic(), sum(map(done_share, self.folders))
 
     def __str__(self) -> str:
@@ -120,11 +142,117 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """Raises ValueError for one that would change a result: a table's settings are those of its presets."""
     for override in map(parse, overrides):
         key = override.key_or_group
-        if key.split(".")[0].split("/")[0] not in FREE:
+        if key not in ("size", *DATA) and key.split(".")[0].split("/")[0] not in FREE:
             raise ValueError(
                 f"{key} belongs to the presets of the table, which must not differ; run a variant with "
-                f"expire-span experiment=PRESET {key}=..., or set run.*, wandb.* or hydra.*"
+                f"expire-span experiment=PRESET {key}=..., or set {', '.join(DATA)}, or one of "
+                f"{', '.join(f'{section}.*' for section in FREE)}"
             )
+
+
+def select_tables(
+    names: Sequence[str], size: str, seeds: Sequence[int], data: Mapping[str, str]
+) -> tuple[list[Table], list[str]]:
+    """The tables of these names that have rows at a size, and why others of `all` are left out.
+
+    Args:
+        names: of tables, or all.
+        size: one of SIZES.
+        seeds: of every row; none: as many as each table says.
+        data: where data lies, by key of the config.
+
+    Raises:
+        ValueError: if a table is named that does not exist, or of which nothing can be run.
+    """
+    tables, left_out = [], []
+    for name in table_names() if "all" in names else dict.fromkeys(names):
+        table = read_table(name, size, seeds)
+        absent = [key for key in table.given if key not in data]
+        problem = "" if table.rows else f"{name} has no rows at size={size}"
+        problem = problem or (f"{name} needs {absent[0]}=..., which names your data" if absent else "")
+        if problem and "all" not in names:
+            raise ValueError(problem)
+        if problem:
+            left_out.append(problem)
+            continue
+        own = tuple(f"{key}={data[key]}" for key in table.given)
+        tables.append(table._replace(rows=[row._replace(overrides=(*row.overrides, *own)) for row in table.rows]))
+    return tables, left_out
+
+
+def distinct_rows(tables: Sequence[Table]) -> list[Row]:
+    """The rows of these tables, each once."""
+    return list({row.preset: row for table in tables for row in table.rows}.values())
+
+
+def run_missing(rows: Sequence[Row], size: str, runs: Path, overrides: Sequence[str]) -> bool:
+    """Run what is missing of these rows; returns whether all of it was run."""
+    commands, progress = sweeps(rows, size, runs, overrides), Progress(rows, size, runs)
+    if commands:
+        print(progress, flush=True)
+    write_presets(rows, size, runs)
+    codes = [launch(command, progress) for command in commands]
+    return not any(codes)
+
+
+def tuned_table(table: Table, choices: Mapping[str, Choice]) -> Table:
+    """The table with the settings that its tuning chose, by the names of its rows."""
+    return table._replace(rows=[choices[row.preset].row for row in table.rows])
+
+
+def write_table(table: Table, size: str, runs: Path, out: Path, tuning: str = "") -> str:
+    """Write NAME.md, .csv, .svg and .png, and return the Markdown."""
+    lines, left_out = read_lines(table, size, runs)
+    text = markdown(table, size, lines, left_out, tuning)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{table.name}.md").write_text(text, encoding="utf-8")
+    csv_rows(lines, runs).to_csv(out / f"{table.name}.csv", index=False)
+    draw(table, size, lines, [out / f"{table.name}.{ending}" for ending in ("svg", "png")])
+    return text
+
+
+def make(options: argparse.Namespace) -> None:
+    """Do what the command line says. Raises ValueError for bad input, and if runs are missing at the end."""
+    given = [text for text in options.arguments if is_override(text)]
+    names = [text for text in options.arguments if text not in given]
+    size = ([text.removeprefix("size=") for text in given if text.startswith("size=")] or ["mini"])[-1]
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size}")
+    if not names:
+        raise ValueError(f"name a table: {', '.join(table_names())}, or all")
+    if options.seeds and not re.fullmatch(r"\d+(,\d+)*", options.seeds):
+        raise ValueError(f"--seeds must be numbers with commas between them, as in 1,2,3, got {options.seeds}")
+    seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else []
+    if options.tune and SEED in seeds:
+        raise ValueError(f"seed {SEED} is that of the tuning, which a table must not use")
+    check_overrides(given)
+    values = dict(text.split("=", 1) for text in given)
+    data = {key: quote(str(Path(values[key]).absolute())) for key in DATA if key in values}
+    overrides = [text for text in given if text.split("=")[0] not in ("size", *DATA)]
+    tables, left_out = select_tables(names, size, seeds, data)
+    rows, runs, out = distinct_rows(tables), options.runs, options.out / size
+    tried = {row.preset: points(row) for row in rows} if options.tune else {}
+    of_tuning = [point for row in rows for point in tried.get(row.preset, ())]
+    if options.dry_run:
+        commands = sweeps(of_tuning or rows, size, runs, overrides)
+        print("\n".join(f"expire-span {shlex.join(command)}" for command in commands) or "nothing is missing")
+        return
+    is_complete, choices = True, {}
+    if options.tune:
+        is_complete = options.no_launch or run_missing(of_tuning, size, runs, overrides)
+        choices = {row.preset: choose(row, tried[row.preset], size, runs) for row in rows}
+        out, rows = out / "tuned", [choice.row for choice in choices.values()]
+    if not options.no_launch:
+        is_complete = run_missing(rows, size, runs, overrides) and is_complete
+    for table in tables:
+        own = [choices[row.preset] for row in table.rows] if options.tune else []
+        table = tuned_table(table, choices) if options.tune else table
+        print(write_table(table, size, runs, out, describe(own) if own else ""))
+    for problem in left_out:
+        print(problem, file=sys.stderr)
+    missing = sum(len(missing_seeds(row, size, runs)) for row in [*of_tuning, *rows])
+    if missing or not is_complete:
+        raise ValueError(f"{missing} runs are missing; the same command goes on with them")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,46 +264,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "the paper's numbers beside ours. What is finished is not run again; what was cut short goes on.",
         epilog=f"tables: {', '.join(table_names())}, or all\n"
         "  size=mini|paper     mini: minutes a run on two CPU cores; paper: the paper's own sizes (default mini)\n"
+        "  task.path=FILE      the text of tables that need one\n"
         "  hydra.* run.* wandb.*  passed on to expire-span, as hydra.launcher.n_jobs=2 or hydra/launcher=slurm\n\n"
-        "example:\n  expire-span-paper table1 size=mini hydra.launcher.n_jobs=2 run.num_threads=1",
+        "examples:\n  expire-span-paper table1 size=mini hydra.launcher.n_jobs=2 run.num_threads=1\n"
+        "  expire-span-paper table3 size=mini --tune    the same, every model tuned with the same budget",
     )
     add = parser.add_argument
     add("arguments", nargs="+", metavar="TABLE or KEY=VALUE", help="tables, size=mini or size=paper, and overrides")
-    add("--seeds", default="1,2,3", metavar="N,N", help="of every row (default 1,2,3)")
+    add("--seeds", metavar="N,N", help="of every row (default: those of the table, 1,2,3 or more)")
+    add("--tune", action="store_true", help="choose learning rate and one key of each model first (conf/tuning)")
     add("--runs", type=Path, default=Path("runs/paper"), help="folder of the runs (default runs/paper)")
     add("--out", type=Path, default=Path("results"), help="tables are written into OUT/SIZE (default results)")
     add("--no-launch", action="store_true", help="write the tables from the runs that there are")
     add("--dry-run", action="store_true", help="print the commands that would be run, and do nothing")
     options = parser.parse_intermixed_args(arguments)
     try:
-        given = [text for text in options.arguments if is_override(text)]
-        names = [text for text in options.arguments if text not in given]
-        size = ([text.removeprefix("size=") for text in given if text.startswith("size=")] or ["mini"])[-1]
-        overrides = [text for text in given if not text.startswith("size=")]
-        if size not in SIZES:
-            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size}")
-        if not names:
-            raise ValueError(f"name a table: {', '.join(table_names())}, or all")
-        if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
-            raise ValueError(f"--seeds must be numbers with commas between them, as in 1,2,3, got {options.seeds}")
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-        check_overrides(overrides)
-        tables = [read_table(name) for name in (table_names() if "all" in names else dict.fromkeys(names))]
-        commands = [] if options.no_launch else sweeps(tables, size, seeds, options.runs, overrides)
-        if options.dry_run:
-            print("\n".join(f"expire-span {shlex.join(command)}" for command in commands) or "nothing is missing")
-            return
-        progress = Progress(tables, size, seeds, options.runs)
-        if commands:
-            print(progress, flush=True)
-        failed = [code for code in [launch(command, progress) for command in commands] if code]
-        missing = 0
-        for table in tables:
-            text, number = write(table, size, seeds, options.runs, options.out / size)
-            missing += number
-            print(text)
-        if missing or failed:
-            raise ValueError(f"{missing} runs are missing; the same command goes on with them")
+        make(options)
     except Stopped as stop:
         print(stop.message, file=sys.stderr)
         raise

@@ -1,0 +1,127 @@
+"""Tuning that gives every model the same budget.
+
+conf/tuning/MODEL.yaml has the factors by which a row's learning rate and one key of the model's own are multiplied. All
+combinations are run with one seed, which no table uses; the one that is best on the validation split is then run with
+the row's seeds, and the table tells the test.
+
+    RUNS/SIZE/tuning/PRESET/1/seed0     a point of the tuning
+    RUNS/SIZE/tuned/PRESET/1/seedN      the chosen point, with the seeds of the table
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+
+from expire_span.tasks.base import LOWER_IS_BETTER
+
+from .paper_tables import CONF, Row, preset_content
+from .results import load_runs
+from .runner.commands.report import format_number
+
+SEED = 0
+RATE = "optimizer.lr"
+
+
+class Choice(NamedTuple):
+    """What the tuning of a row gave."""
+
+    row: Row  # with the chosen settings and the row's own seeds; without overrides if no point has finished
+    settings: dict[str, float]  # the chosen ones; empty if no point has finished
+    metric: str  # what they were chosen by
+    value: float
+    finished: int  # points
+    points: int
+
+
+def factors(model: str, is_curve: bool) -> dict[str, list[float]]:
+    """The factors of each key that is tuned for a model. Raises ValueError for a model without a file of them."""
+    path = CONF / "tuning" / f"{model}.yaml"
+    if not path.is_file():
+        raise ValueError(f"there is no tuning for {model}: write conf/tuning/{model}.yaml, as there is for the others")
+    content: dict[str, list[float]] = yaml.safe_load(path.read_text())
+    return {key: values for key, values in content.items() if key == RATE or not is_curve}
+
+
+def points(row: Row) -> list[Row]:
+    """The rows that the tuning of a row runs."""
+    with initialize_config_module("expire_span.conf", version_base="1.3"):
+        config = compose("config", overrides=list(row.overrides))
+    tried = {
+        key: list(dict.fromkeys(multiplied(value_of(config, key), factor) for factor in of_key))
+        for key, of_key in factors(model_option(row), row.is_curve).items()
+    }
+    rows = []
+    for number, values in enumerate(itertools.product(*tried.values()), 1):
+        overrides = tuple(f"{key}={value}" for key, value in zip(tried, values, strict=True))
+        rows.append(Row(f"tuning/{row.preset}/{number}", row.title, (*row.overrides, *overrides), {}, (SEED,)))
+    return rows
+
+
+def model_option(row: Row) -> str:
+    """What `model=` calls the model of a row."""
+    groups = [group for group in preset_content(row.overrides)["defaults"] if "override /model" in group]
+    return str(groups[0]["override /model"])
+
+
+def value_of(config: DictConfig, key: str) -> float:
+    """A number of a composed config. Raises ValueError if there is none."""
+    value: Any = OmegaConf.select(config, key)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"conf/tuning: {key} is not a number of {config.model._target_} here, but {value}")
+    return value
+
+
+def multiplied(value: float, factor: float) -> float:
+    """Whole numbers stay whole, and do not become 0."""
+    if isinstance(value, int):
+        return max(1, round(value * factor))
+    return float(f"{value * factor:.6g}")
+
+
+def choose(row: Row, tried: Sequence[Row], size: str, runs: Path) -> Choice:
+    """Choose the best of the points of a row, on the validation split, from run folders alone."""
+    frames = []
+    for number, point in enumerate(tried):
+        try:
+            found = load_runs(runs / size / point.preset)
+        except ValueError:  # there is no run
+            continue
+        frames.append(found[found["problem"] == ""].assign(point=number))
+    finished = pd.concat(frames) if frames else pd.DataFrame()
+    if finished.empty:
+        return Choice(row._replace(overrides=()), {}, "", float("nan"), 0, len(tried))
+    own = finished["metric"].iloc[0]
+    metric = next(name for name in (f"valid/{own}", f"valid/rl/{own}") if name in finished)
+    order = finished.sort_values(metric, ascending=own in LOWER_IS_BETTER, kind="stable")
+    number = order["point"].iloc[0]
+    best = tried[number]
+    added = best.overrides[len(row.overrides) :]
+    settings = {key: float(value) for key, _, value in (override.partition("=") for override in added)}
+    chosen = row._replace(preset=f"tuned/{row.preset}/{number + 1}", overrides=best.overrides)
+    return Choice(chosen, settings, metric, order[metric].iloc[0], len(finished), len(tried))
+
+
+def describe(choices: Sequence[Choice]) -> str:
+    """What was tried and chosen, in Markdown."""
+    rows = [
+        {
+            "": choice.row.title,
+            "points": f"{choice.finished} of {choice.points}" if choice.finished < choice.points else choice.points,
+            **{key: format_number(value) for key, value in choice.settings.items()},
+            f"best {choice.metric}": format_number(choice.value),
+        }
+        for choice in choices
+        if choice.finished
+    ]
+    text = (
+        f"Tuning: every row has the same number of points, each run with seed {SEED}; the best on the validation split "
+        "was run anew with the seeds of the table, whose results are those of the test split."
+    )
+    table = pd.DataFrame(rows).fillna("").to_markdown(index=False, tablefmt="github", disable_numparse=True)
+    return f"{text}\n\n{table}" if rows else f"{text} No point has been run."
