@@ -2,6 +2,7 @@
 # make test   the test suite               make test-slow   the training checks, minutes each
 # make test-faults  kills and damages hundreds of runs, and compares each with an uninterrupted one
 # make check  ruff check and format, mypy  make docs        the documentation, as a site in docs/_build
+# make paper  the paper's tables and claims, days on two CPU cores (SIZE=mini)
 # make bench  time and memory of a step    make clean       remove what these made
 # make audit  known vulnerabilities of the pinned packages, as pip-audit knows them
 #
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SUITABLE = import torch; v = torch.__version__.split("+")[0].split(".")[:2]; raise SystemExit((int(v[0]), int(v[1])) < (2, 11))
 
-.PHONY: setup demo test test-slow test-faults check docs bench clean audit
+.PHONY: setup demo paper test test-slow test-faults check docs bench clean audit
 
 setup: .venv/ready
 
@@ -30,6 +31,12 @@ setup: .venv/ready
 bench: setup
 	$(BIN)/python scripts/bench.py --preset cpu --folder results/bench
 	$(BIN)/python scripts/bench.py --preset span --repeats 5 --folder results/bench
+
+# All tables, figures and claims, every model tuned alike: make paper SIZE=mini TEXT=FILE. It may be stopped, and goes on.
+SIZE ?= mini
+paper: setup
+	$(BIN)/expire-span-paper all size=$(SIZE) --tune hydra.launcher.n_jobs=2 run.num_threads=1 run.progress_bar=false \
+	  $(if $(TEXT),task.path=$(TEXT))
 
 demo: setup
 	$(BIN)/python scripts/demo.py

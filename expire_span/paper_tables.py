@@ -3,9 +3,11 @@
     RUNS/SIZE/PRESET/seedN     one run for each row and seed; a row that two tables share is run once
 
 A table is a file of conf/tables: a title, metrics, and rows. A row is a preset of conf/experiment (at the paper's size)
-or conf/experiment/SIZE; or one of the `curves` of a task: a value of one key, for one model.
+or conf/experiment/SIZE; or one of the `curves` of a task, a value of one key for one model; or `settings`, as the
+command line has them.
 """
 
+import shlex
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -85,6 +87,8 @@ def read_table(name: str, size: str, seeds: Sequence[int] = ()) -> Table:
         Row(preset, title, (f"experiment={preset_name(preset, size)}",), paper_numbers(preset), tuple(seeds or SEEDS))
         for preset, title in content.pop("rows", {}).items()
     ]
+    for number, (title, text) in enumerate(content.pop("settings", {}).get(size, {}).items(), 1):
+        rows.append(Row(f"{name}/{number}", title, tuple(shlex.split(text)), {}, tuple(seeds or SEEDS)))
     for model, settings in content.pop("curves", {}).get(size, {}).items():
         [(key, values)] = [(key, value) for key, value in settings.items() if isinstance(value, list)]
         fixed = [f"{name}={value}" for name, value in settings.items() if name != key]

@@ -14,6 +14,7 @@ from tiny_config import compose_config
 
 import expire_span.transformer as transformer
 from expire_span import AdaptiveSpan, Compressive, ExpireSpan, Mechanism, Transformer, TransformerConfig, TransXL
+from expire_span.memory.block_loss import BlockLoss
 from expire_span.memory.mechanism import memory_size, visible_distances
 from expire_span.memory.packed import concatenate, empty, from_dense, keep_rows
 from expire_span.runner.build import build_model
@@ -222,6 +223,18 @@ def test_span_loss_in_closed_form_is_the_sum_over_the_ramp_with_its_gradient(max
     assert loss.item() == pytest.approx(reference.item())
     gradient, expected = (torch.autograd.grad(value, span)[0] for value in (loss, reference))
     assert_equal("gradient", gradient, expected)
+
+
+def test_the_ablation_takes_the_span_loss_on_the_tokens_of_the_block_alone():
+    block_size, older = 8, torch.tensor([30, 9, 2, 1])
+    age = torch.cat([older, -torch.arange(block_size)])  # (12,)
+    nearest, farthest = visible_distances(age, torch.ones_like(age), torch.zeros_like(age), block_size, reach=None)
+    span = torch.rand(len(age), 1, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mechanism = BlockLoss(16, max_span=32, ramp=4, alpha=0.1, num_positions=8)
+    loss = mechanism.loss(span, nearest, farthest, batch_size=1, block_size=block_size)
+    assert loss.item() == pytest.approx(0.1 / block_size * span[len(older) :].sum().item())
+    [gradient] = torch.autograd.grad(loss, span)
+    assert gradient.flatten().tolist() == pytest.approx([0.0] * len(older) + [0.1 / block_size] * block_size)
 
 
 def test_packed_rows_stay_with_their_sample_when_concatenated_and_deleted():

@@ -3,6 +3,7 @@
 RUNS/SIZE/PRESET/seedN       run folders; one that was cut short goes on, one that is finished is not run again
 RUNS/conf/experiment/        presets of rows that conf/experiment does not have: points of curves, tuned settings
 OUT/SIZE/table3.md, ...      the tables as Markdown, CSV, SVG and PNG; those of tuned settings in OUT/SIZE/tuned
+OUT/claims.md                the paper's claims, judged from those tables: `expire-span-paper claims`
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from expire_span.paper_claims import judge
 from expire_span.paper_figures import draw
 from expire_span.paper_tables import (
     SIZES,
@@ -43,6 +45,7 @@ from ..stop_signals import Stopped, heeded_signals
 
 FREE = ("hydra", "run", "wandb", "tracker")  # sections that change no result
 DATA = ("task.path", "task.data_dir")  # where data lies
+CLAIMS = "claims"  # stands for the page that judges the paper's claims from the tables in OUT
 SUBFOLDER = "hydra.sweep.subdir='{size}${{hydra:runtime.choices.experiment}}/seed${{seed}}'"
 HEADER = """# @package _global_
 # (c) throughout, written by expire-span-paper
@@ -219,7 +222,7 @@ def make(options: argparse.Namespace) -> None:
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size}")
     if not names:
-        raise ValueError(f"name a table: {', '.join(table_names())}, or all")
+        raise ValueError(f"name a table: {', '.join(table_names())}, claims, or all")
     if options.seeds and not re.fullmatch(r"\d+(,\d+)*", options.seeds):
         raise ValueError(f"--seeds must be numbers with commas between them, as in 1,2,3, got {options.seeds}")
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else []
@@ -229,7 +232,7 @@ def make(options: argparse.Namespace) -> None:
     values = dict(text.split("=", 1) for text in given)
     data = {key: quote(str(Path(values[key]).absolute())) for key in DATA if key in values}
     overrides = [text for text in given if text.split("=")[0] not in ("size", *DATA)]
-    tables, left_out = select_tables(names, size, seeds, data)
+    tables, left_out = select_tables([name for name in names if name != CLAIMS], size, seeds, data)
     rows, runs, out = distinct_rows(tables), options.runs, options.out / size
     tried = {row.preset: points(row) for row in rows} if options.tune else {}
     of_tuning = [point for row in rows for point in tried.get(row.preset, ())]
@@ -248,6 +251,11 @@ def make(options: argparse.Namespace) -> None:
         own = [choices[row.preset] for row in table.rows] if options.tune else []
         table = tuned_table(table, choices) if options.tune else table
         print(write_table(table, size, runs, out, describe(own) if own else ""))
+    if {CLAIMS, "all"} & set(names):
+        text = judge(options.out)
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / f"{CLAIMS}.md").write_text(text, encoding="utf-8")
+        print(text)
     for problem in left_out:
         print(problem, file=sys.stderr)
     missing = sum(len(missing_seeds(row, size, runs)) for row in [*of_tuning, *rows])
@@ -263,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Make tables of the paper: run what is missing, then write each as Markdown, CSV, SVG and PNG,\n"
         "the paper's numbers beside ours. What is finished is not run again; what was cut short goes on.",
         epilog=f"tables: {', '.join(table_names())}, or all\n"
+        "claims: judges the paper's claims from the tables that have been written\n"
         "  size=mini|paper     mini: minutes a run on two CPU cores; paper: the paper's own sizes (default mini)\n"
         "  task.path=FILE      the text of tables that need one\n"
         "  hydra.* run.* wandb.*  passed on to expire-span, as hydra.launcher.n_jobs=2 or hydra/launcher=slurm\n\n"
@@ -270,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "  expire-span-paper table3 size=mini --tune    the same, every model tuned with the same budget",
     )
     add = parser.add_argument
-    add("arguments", nargs="+", metavar="TABLE or KEY=VALUE", help="tables, size=mini or size=paper, and overrides")
+    add("arguments", nargs="+", metavar="TABLE|KEY=VALUE", help="tables, size=mini or size=paper, and overrides")
     add("--seeds", metavar="N,N", help="of every row (default: those of the table, 1,2,3 or more)")
     add("--tune", action="store_true", help="choose learning rate and one key of each model first (conf/tuning)")
     add("--runs", type=Path, default=Path("runs/paper"), help="folder of the runs (default runs/paper)")
