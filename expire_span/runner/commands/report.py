@@ -99,22 +99,44 @@ def compare(groups: Groups, rows: pd.DataFrame, conditions: dict[str, tuple]) ->
         conditions: for each column that counts seeds, what `parse_threshold` returns.
     """
     rows, runs = rows.copy(), groups.obj
-    notes = groups[["commit", "simplifications"]].apply(_notes)
+    notes = groups[["commit", "simplifications"]].apply(footnotes)
     numbers = {note: number for number, note in enumerate(dict.fromkeys(notes[rows.index].explode().dropna()), 1)}
     rows["model"] += notes.map(lambda notes: "".join(f" [{numbers[note]}]" for note in notes))
-    for name in _results(runs):
+    for name in result_metrics(runs):
         rows[name] = groups[name].apply(format_seeds)
         if (paper := f"paper: {name}") in runs:
             rows[paper] = groups[paper].first().map(format_number)
     for text, (metric, compares, value) in conditions.items():
         met = compares(runs[metric], value).groupby(level=0).sum()
         rows[text] = (met.astype(str) + " of " + rows["seeds"]).where(groups[metric].count() > 0, "")
-    for name in (*MEMORY, *COSTS):  # as measured in testing, or else in training
-        values = runs.reindex(columns=[f"test/{name}", f"valid/{name}", name]).bfill(axis=1).iloc[:, 0]
-        if values.notna().any():
-            rows[name] = values.groupby(level=0).apply(format_seeds, spread=name in MEMORY)
+    for name, values in costs(runs).items():
+        rows[name] = values.groupby(level=0).apply(format_seeds, spread=name in MEMORY)
     rows["updates"] = groups["protocol.updates"].first().map(format_number)
     return [_table(rows), *(["\n".join(f"{number}. {note}" for note, number in numbers.items())] if numbers else [])]
+
+
+def result_metrics(runs: pd.DataFrame) -> list[str]:
+    """Metrics that the tasks are judged by: `rl/...`, and each task's own on every split but the training one."""
+    names: list[str] = []
+    for (_, metric), members in runs.groupby(["task", "metric"]):
+        known = metric_columns(members.dropna(axis=1, how="all"))
+        names += [name for name in known if re.match(rf"rl/|(?!train/).*/{re.escape(metric)}$", name)]
+    return list(dict.fromkeys(names))
+
+
+def costs(runs: pd.DataFrame) -> pd.DataFrame:
+    """What each run costs: those of MEMORY and COSTS that any run has, as measured in testing, or else in training."""
+    places = {name: runs.reindex(columns=[f"test/{name}", f"valid/{name}", name]) for name in (*MEMORY, *COSTS)}
+    measured = {name: values.bfill(axis=1).iloc[:, 0] for name, values in places.items()}
+    return pd.DataFrame(measured).dropna(axis=1, how="all")
+
+
+def footnotes(group: pd.DataFrame) -> list[str]:
+    """What a reader of a group's row should know: what its runs simplify, and that their commits differ."""
+    commits = sorted({str(commit)[:10] for commit in group["commit"]})
+    mixed = [f"seeds of different commits: {', '.join(commits)}"] if len(commits) > 1 else []
+    simplified = "; ".join(group["simplifications"].iloc[0])
+    return [*([f"simplified: {simplified}"] if simplified else []), *mixed]
 
 
 def compare_by_distance(groups: Groups, rows: pd.DataFrame) -> list[str]:
@@ -162,22 +184,6 @@ def _compared(runs: pd.DataFrame) -> list[str]:
     return [name for name in setting_columns(runs) if name not in IGNORED_SETTINGS and not name.endswith(".seed")]
 
 
-def _results(runs: pd.DataFrame) -> list[str]:
-    """Metrics that the tasks are judged by: `rl/...`, and each task's own on every split but the training one."""
-    names: list[str] = []
-    for (_, metric), members in runs.groupby(["task", "metric"]):
-        known = metric_columns(members.dropna(axis=1, how="all"))
-        names += [name for name in known if re.match(rf"rl/|(?!train/).*/{re.escape(metric)}$", name)]
-    return list(dict.fromkeys(names))
-
-
-def _notes(group: pd.DataFrame) -> list[str]:
-    commits = sorted({str(commit)[:10] for commit in group["commit"]})
-    mixed = [f"seeds of different commits: {', '.join(commits)}"] if len(commits) > 1 else []
-    simplified = "; ".join(group["simplifications"].iloc[0])
-    return [*([f"simplified: {simplified}"] if simplified else []), *mixed]
-
-
 def _table(rows: pd.DataFrame) -> str:
     escaped = rows.replace({r"\|": r"\\|", r"\n": " "}, regex=True)
     return escaped.to_markdown(index=False, tablefmt="github", disable_numparse=True)
@@ -203,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--distance", action="store_true", help="add a table by how far back the answer lies")
     add("--csv", metavar="FILE", help="write one row for each run, with all settings and metrics")
     add("--markdown", metavar="FILE", help="write what is printed to a file, too")
+    add("--html", metavar="FILE", help="write a page with the table, plots and filters, for a browser")
     options = parser.parse_args(arguments)
     if options.bar:
         parser.error(f"--bar is now called --threshold: --threshold '{options.bar}'")
@@ -213,6 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Path(options.markdown).write_text(text, encoding="utf-8")
         if options.csv:
             runs[runs["problem"] == ""].drop(columns=["problem", "simplifications"]).to_csv(options.csv, index=False)
+        if options.html:
+            from expire_span.comparison_page import comparison_page  # which needs this module
+
+            Path(options.html).write_text(comparison_page(runs), encoding="utf-8")
     except Exception as error:
         exit_with_message(error)
     print(text, end="")
