@@ -9,7 +9,7 @@ const DEFAULTS = {
   curve: "", curve_log: "", time: "update", time_log: "", smoothing: "0", sort: "", order: "",
 };
 const TIMES = { update: "update", tokens: "tokens", hours: "hours of training" };
-const LOG_NOTE = { "": "", 1: " A log axis leaves out values of 0 and below." };
+const LOG_NOTE = " A log axis leaves out values of 0 and below.";
 const COLORS = [[352, 57], [197, 50], [38, 75], [150, 42], [275, 38], [0, 0], [18, 45], [225, 45]]; // hue, saturation
 const DASHES = ["solid", "dash", "dot"];
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "star", "cross"];
@@ -37,7 +37,10 @@ let chosen, view; // values of each filter (none: all), and the choices of the p
 
 function readAddress() {
   const address = new URLSearchParams(location.hash.slice(1));
-  chosen = Object.fromEntries(Object.keys(FILTERS).map((name) => [name, new Set(address.getAll(name))]));
+  chosen = Object.fromEntries(Object.entries(FILTERS).map(([name, of]) => {
+    const known = new Set(runs.map((run) => text(of(run))));
+    return [name, new Set(address.getAll(name).filter((one) => known.has(one)))];
+  }));
   view = Object.fromEntries(Object.entries(DEFAULTS).map(([name, first]) => [name, address.get(`view.${name}`) ?? first]));
 }
 
@@ -180,7 +183,7 @@ function drawQuality(selected, groups) {
   plot("quality_plot", traces, [cost, view.cost_log], [quality, view.quality_log]);
   byId("quality_count").textContent =
     `${shown} of ${selected.length} runs have both. Small: each seed; large: their mean. The line joins a model's means.`
-    + LOG_NOTE[view.quality_log];
+    + (view.quality_log || view.cost_log ? LOG_NOTE : "");
   return quality;
 }
 
@@ -220,7 +223,8 @@ function drawCurves(selected, groups, quality) {
   plot("curve_plot", traces, [TIMES[time], view.time_log], [curve, view.curve_log]);
   byId("curve_count").textContent = `${shown} of ${selected.length} runs have this curve, thinned to at most `
     + `${data.max_points} points. Thin: each seed; thick: their mean where all have values.`
-    + (time === "hours" ? " Hours are those of training steps, without evaluation." : "") + LOG_NOTE[view.curve_log];
+    + (time === "hours" ? " Hours are those of training steps, without evaluation." : "")
+    + (view.curve_log || view.time_log ? LOG_NOTE : "");
 }
 
 const mode = (x) => (x.length > 1 ? "lines" : "markers");

@@ -72,15 +72,15 @@ def page_data(runs: pd.DataFrame) -> dict[str, Any]:
         shown_groups.append(names | {"settings": values, "notes": footnotes(group)})
         for run, run_costs in zip(group.to_dict("records"), member_costs.loc[[number]].to_dict("records"), strict=True):
             final = {name: run[name] for name in metrics} | run_costs
-            speed = _tokens_per_update(run)
+            tokens = _tokens_per_update(run)
             try:
-                curves = load_curves(run["folder"], speed)
+                curves = load_curves(run["folder"], tokens)
             except Exception as error:  # whatever lies in the folder, the other runs are shown
                 problem = "no learning curves: " + str(error).partition("\n")[0]
                 problems.append({"folder": run["folder"], "problem": problem})
                 curves = NO_CURVES
             shown_runs.append(
-                {"folder": run["folder"], "seed": _plain(run["seed"]), "group": place, "tokens_per_update": speed}
+                {"folder": run["folder"], "seed": _plain(run["seed"]), "group": place, "tokens_per_update": tokens}
                 | {"metrics": {name: value for name, value in final.items() if pd.notna(value)}}
                 | curves
             )
