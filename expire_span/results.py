@@ -25,7 +25,7 @@ from .runner.run_folder.summary import FORMAT
 REQUIRED = {"format", "task", "model", "metric", "finished", "metrics", "protocol"}
 RUN_COLUMNS = ["folder", "task", "model", "metric", "seed", "finished", "problem", "commit", "dirty", "started"]
 RUN_COLUMNS += ["simplifications"]
-NO_SETTINGS = ("wandb", "hydra", "paper", "simplified")  # sections of the config that change no metric
+NO_SETTINGS = ("wandb", "tracker", "hydra", "paper", "simplified")  # sections of the config that change no metric
 
 
 def load_runs(*folders: str | Path) -> pd.DataFrame:

@@ -39,7 +39,7 @@ from .config.value_sources import read_first, value_sources
 from .errors import USER_ERRORS, exit_with_message, one_line, root_cause
 from .evaluate import evaluate_run
 from .logging.metrics import Metrics
-from .logging.wandb_logger import MAX_TAG_LENGTH
+from .logging.wandb_logger import MAX_TAG_LENGTH, default_group
 from .output import keep_running_without_output
 from .preemption import requeue_after_saving
 from .ranks import is_reporter
@@ -243,14 +243,16 @@ def evaluate_job(run_folder: Path, folder: Path, overrides: list[str]) -> Metric
     apply_overrides(config, overrides, "evaluate", CHANGED_BY_EVALUATION)
     config = validate(config)
     config.evaluate = literal(str(run_folder))
+    trained_config = validate(trained.config)
+    config.wandb.group = config.wandb.group or default_group(trained_config)  # W&B shows it beside the run
     files = ConfigFiles(config, trained.hydra, [*trained.overrides, *overrides])
     extras = config_sources(files) | {"simplifications": config_sources(trained)["simplifications"]}
     extras["trained"] = {
         key: old
         for key, old, _ in changes(
-            OmegaConf.to_container(validate(trained.config), resolve=True), OmegaConf.to_container(config, resolve=True)
+            OmegaConf.to_container(trained_config, resolve=True), OmegaConf.to_container(config, resolve=True)
         )
-        if not is_below(key, ("evaluate", "wandb"))
+        if not is_below(key, ("evaluate", "wandb", "tracker"))
     }
     with lock_by_main(folder, config):
         return evaluate_run(config, run_folder, folder, ["expire-span", *overrides], extras, files.texts())

@@ -1,6 +1,7 @@
 """Evaluate the checkpoint of a finished or stopped run."""
 
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from omegaconf import DictConfig
 
 from . import ranks
 from .load_run import load_run
+from .logging.media import final_media
 from .logging.metrics import Metrics
 from .logging.performance import peak_memory, reset_peak_memory
+from .logging.trackers import check_installed, trackers
 from .micro_batches import resolve_micro_batch_size
 from .objectives import objective_class
 from .run_folder.files import append_metrics, write_summary, write_texts
@@ -38,6 +41,7 @@ def evaluate_run(
     """
     ranks.set_timeout(config.run.rank_timeout)
     with ranks.failing_together():
+        check_installed(config)
         run = load_run(run_folder, config)
     num_streams = ranks.own_streams(config.eval.batch_size, "eval.batch_size")
     resolve_micro_batch_size(config, run.task, run.device, num_streams.stop - num_streams.start)
@@ -52,4 +56,10 @@ def evaluate_run(
         write_texts(folder, config_files or {})
         append_metrics(folder / "metrics.jsonl", {"update": run.update, **metrics})
         write_summary(folder, summary | origin)
+        new_id, metric = uuid.uuid4().hex[:8], run.task.metric
+        with trackers(config, folder, new_id, metric, job_type="evaluation", trained_run=run.run_id) as log_row:
+            log_row(
+                {"update": run.update, **metrics},
+                lambda: final_media(run.model, run.task, config, run.device, metrics),
+            )
     return metrics

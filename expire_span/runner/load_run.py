@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class LoadedRun(NamedTuple):
-    """A trained model with its task, and the updates and blocks that it took."""
+    """A trained model with its task, the updates and blocks that it took, and the id of its W&B run if known."""
 
     config: DictConfig
     task: Any
@@ -26,6 +26,7 @@ class LoadedRun(NamedTuple):
     device: torch.device
     update: int
     blocks: int
+    run_id: str | None
 
 
 def load_run(folder: Path, config: DictConfig) -> LoadedRun:
@@ -44,7 +45,7 @@ def load_run(folder: Path, config: DictConfig) -> LoadedRun:
     check_same_vocab(folder, task)
     model = build_model(config, task, device)
     load_weights(model, loaded.tensors, folder)
-    return LoadedRun(config, task, model.eval(), device, loaded.update, loaded.blocks)
+    return LoadedRun(config, task, model.eval(), device, loaded.update, loaded.blocks, loaded.run_id)
 
 
 def read_weights(folder: Path, which: str) -> weights.Weights:
@@ -64,6 +65,8 @@ def read_weights(folder: Path, which: str) -> weights.Weights:
         if content is None:
             raise FileNotFoundError(f"{folder} has no weights; name the folder of a run that has saved a checkpoint")
         blocks, task = content["objective"].get("blocks", 0), content["config"].get("task")
-        loaded = weights.Weights(content["model"], content["update"], blocks, task, content["data"])
+        loaded = weights.Weights(
+            content["model"], content["update"], blocks, task, content["data"], run_id=content["run_id"]
+        )
     log.info(f"weights of update {loaded.update}, from {folder}")
     return loaded

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from . import ranks
 from .errors import OutOfMemory, is_out_of_memory
+from .logging.media import Media, final_media, span_histograms
 from .logging.metrics import Metrics
 from .logging.performance import peak_memory, reset_peak_memory
 from .logging.profiler import profiler
 from .logging.throughput import throughput
-from .logging.wandb_logger import wandb_logger
+from .logging.trackers import check_installed, trackers
 from .lr_schedule import alpha_multiplier, lr_multiplier, set_lr
 from .run_folder import checkpoint
 from .run_folder.files import (
@@ -64,6 +65,7 @@ def train(
     """
     with stop_signals() as stop, say_how_to_go_on(folder):
         with ranks.failing_together():
+            check_installed(config)
             trainer = Trainer(config, folder)
         ranks.copy_from_main(trainer.model)
         with ranks.failing_together():
@@ -81,7 +83,7 @@ def train(
             f"updates {trainer.update} to {config.train.updates}"
         )
         with metric_logger(trainer) as log_metrics, trainer.writing_checkpoints():
-            ranks.wait_for_all()  # for rank 0 to reach W&B
+            ranks.wait_for_all()  # for rank 0 to reach the trackers
             profiled = config.run.profile and ranks.is_main()
             with stop.deferred(), profiler(profiled, folder, trainer.device) as next_update:
                 is_stopped = False
@@ -96,22 +98,23 @@ def train(
             metrics = training_costs(folder)
             for split in config.eval.splits:
                 metrics |= evaluate(trainer, split)
-            log_metrics(metrics)
-        task, model, objective = trainer.task, trainer.model, trainer.objective
-        summary = run_summary(config, task, model, trainer.device, trainer.update, objective.blocks, metrics)
-        if ranks.is_main():
-            write_summary(folder, summary | origin | {"changes": trainer.changes})
+            task, model, objective = trainer.task, trainer.model, trainer.objective
+            summary = run_summary(config, task, model, trainer.device, trainer.update, objective.blocks, metrics)
+            log_metrics(metrics, lambda: final_media(model, task, config, trainer.device, metrics))
+            if ranks.is_main():
+                write_summary(folder, summary | origin | {"changes": trainer.changes})
     return metrics
 
 
-def step_log_and_save(trainer: Trainer, log_metrics: Callable[[Metrics], None], stop: StopHandler) -> bool:
+def step_log_and_save(trainer: Trainer, log_metrics: Callable[..., None], stop: StopHandler) -> bool:
     """One update, and what is due after it. Returns whether a signal has stopped the training."""
     config = trainer.config
     train_step(trainer)
     is_stopped = agreed_signal(stop) is not None
     is_last = trainer.update == config.train.updates
     if is_last or trainer.update % config.run.log_every == 0:
-        log_metrics(interval_metrics(trainer))
+        states = trainer.states
+        log_metrics(interval_metrics(trainer), lambda: span_histograms(trainer.model, states.wait()[0], trainer.device))
     if trainer.update % (config.eval.interval or math.inf) == 0:
         trainer.check_finite()
         metrics = evaluate(trainer, "valid")
@@ -185,10 +188,13 @@ def training_costs(folder: Path) -> Metrics:
 
 
 @contextmanager
-def metric_logger(trainer: Trainer) -> Iterator[Callable[[Metrics], None]]:
-    """Yield a function that logs a row of metrics: to metrics.jsonl first, then to W&B, then to the terminal."""
+def metric_logger(trainer: Trainer) -> Iterator[Callable[..., None]]:
+    """Yield a function that logs a row of metrics: to metrics.jsonl first, then to the trackers and the terminal.
+
+    Its second argument makes what the trackers show beside the row.
+    """
     if not ranks.is_main():
-        yield lambda metrics: None
+        yield lambda metrics, make_media=dict: None
         return
     config, folder = trainer.config, trainer.folder
     shown = ("memory/size", "test/memory/size", "perf/ms_per_batch")
@@ -196,14 +202,14 @@ def metric_logger(trainer: Trainer) -> Iterator[Callable[[Metrics], None]]:
     progress_bar = tqdm(total=config.train.updates, initial=trainer.update, disable=disable)
     path = folder / "metrics.jsonl"
     earlier_rows = read_metrics(path) if path.exists() else []
-    wandb_run = wandb_logger(config, folder.name, trainer.run_id, trainer.task.metric, earlier_rows)
-    with wandb_run as log_to_wandb, progress_bar:
+    metric = trainer.task.metric
+    with trackers(config, folder, trainer.run_id, metric, trainer.update, earlier_rows) as log_row, progress_bar:
 
-        def log_metrics(metrics: Metrics) -> None:
+        def log_metrics(metrics: Metrics, make_media: Callable[[], Media] = dict) -> None:
             row = {"update": trainer.update, **metrics}
             append_metrics(path, row)
-            log_to_wandb(row)
-            names = [name for name in row if name.endswith(f"/{trainer.task.metric}")]
+            log_row(row, make_media)
+            names = [name for name in row if name.endswith(f"/{metric}")]
             names += [name for name in shown if name in row]
             text = ", ".join(f"{name} {row[name]:.4g}" for name in names)
             progress_bar.n = trainer.update

@@ -143,7 +143,8 @@ class Trainer:
 
     def current_weights(self, value: float | None = None) -> weights.Weights:
         task, data = OmegaConf.to_container(self.config.task, resolve=True), plain(self.task.data_info)
-        return weights.Weights(self.model.state_dict(), self.update, self.objective.blocks, task, data, value)
+        blocks = self.objective.blocks
+        return weights.Weights(self.model.state_dict(), self.update, blocks, task, data, value, self.run_id)
 
     def save_if_best(self, metrics: Metrics) -> None:
         """Keep these weights if the task's metric on the validation split is better than ever before in this folder."""

@@ -1,14 +1,21 @@
+import json
 from copy import deepcopy
 from itertools import islice
 
 import pytest
 import torch
+import wandb
 from assertions import assert_equal
 from omegaconf import OmegaConf
 from tiny_config import tiny_config
+from wandb_file import wandb_records
 
 from expire_span import AdaptiveSpan, Compressive, ExpireSpan, Transformer, TransformerConfig, TransXL
 from expire_span.runner.commands.generate import generate, main
+from expire_span.runner.config.schema import validate
+from expire_span.runner.logging.wandb_logger import default_group
+from expire_span.runner.run_folder import weights
+from expire_span.runner.run_folder.config_files import load_config
 from expire_span.runner.train import train
 
 TEXT = "".join(f"{number} bottles of beer on the wall, {number} bottles of beer.\n" for number in range(300))
@@ -132,6 +139,26 @@ def test_the_command_continues_a_prompt_and_reports_speed_and_memory(run, monkey
     assert len(output.out.decode(errors="replace")) >= 9 + 20
     assert b"[30 tokens, " in output.err
     assert b" memories, " in output.err
+
+
+def test_the_text_is_logged_beside_the_run_if_asked_for(run, tmp_path, monkeypatch, capfdbinary):
+    wandb.teardown()  # otherwise W&B stays in the folder of an earlier test
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = ["--prompt", "9 bottles", "--max-new-tokens", "30", "--wandb"]
+    monkeypatch.setattr("sys.argv", ["expire-span-generate", str(run), *options])
+    main()
+    wandb.teardown()
+    [path] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    [logged] = [record.run for record in wandb_records(path) if record.HasField("run")]
+    assert (logged.job_type, logged.display_name) == ("generation", f"generate-{run.name}")
+    assert logged.run_group == default_group(validate(load_config(run)))
+    config = {item.key: item.value_json for item in logged.config.update}
+    assert config["trained_run"] == f'"{weights.load(run / "model.safetensors").run_id}"'
+    [table] = tmp_path.glob("wandb/offline-run-*/files/media/table/text_*.json")
+    [[prompt, text, *_]] = json.loads(table.read_text())["data"]
+    assert prompt == "9 bottles"
+    assert capfdbinary.readouterr().out.decode(errors="replace").startswith(prompt + text)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked_command import forked_command
 from tiny_config import COPY, compose_config, tiny_config
 from wandb_file import wandb_records, wandb_rows
 
 from expire_span.runner.config.schema import validate
-from expire_span.runner.logging.wandb_logger import default_group, wandb_logger
+from expire_span.runner.logging.trackers import trackers
+from expire_span.runner.logging.wandb_logger import default_group
 from expire_span.runner.run_folder.files import read_metrics
 from expire_span.runner.train import train
 from expire_span.runner.trainer import build_task
@@ -23,6 +25,11 @@ def written_files():
     """The .wandb files of the offline runs in the current folder, complete."""
     sys.modules["wandb"].teardown()  # otherwise W&B goes on writing, and stays in this folder
     return set(Path("wandb").absolute().glob("offline-run-*/run-*.wandb"))
+
+
+def numbers(rows):
+    """Rows without what is shown beside the numbers."""
+    return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in rows]
 
 
 class FakeRun:
@@ -46,7 +53,8 @@ def test_an_offline_run_is_kept_for_a_later_sync_under_its_own_id(tmp_path, monk
     monkeypatch.delenv("WANDB_MODE", raising=False)
     folder = tmp_path / "run"
     folder.mkdir()
-    train(tiny_config("wandb.mode=offline", "wandb.group=together", "wandb.tags=[a,b]"), folder)
+    names = ["wandb.group=together", "wandb.tags=[a,b]"]
+    train(tiny_config("wandb.mode=offline", "wandb.log_model=best", "eval.interval=2", *names), folder)
     [path] = written_files()
     content = path.read_bytes()
     [run] = [record.run for record in wandb_records(path) if record.HasField("run")]
@@ -55,6 +63,13 @@ def test_an_offline_run_is_kept_for_a_later_sync_under_its_own_id(tmp_path, monk
     assert (best.max, best.min) == (True, False)
     for text in (b"together", b"train/accuracy", b"memory/size_layer_1", b"expire_span.tasks.copy.Copy"):
         assert text in content
+    rows = wandb_rows(path)
+    assert [row["update"] for row in rows if "spans/layer_1" in row] == [2, 4]
+    kinds = {name: rows[-1][name]["_type"] for name in ("test/spans", "test/accuracy_by_distance")}
+    assert kinds == {"test/spans": "image-file", "test/accuracy_by_distance": "table-file"}
+    [model] = [record.artifact for record in wandb_records(path) if record.artifact.type == "model"]
+    assert set(model.aliases) == {"best", "latest"}
+    assert {file.path for file in model.manifest.contents} == {"best.safetensors", "summary.json"}
 
 
 def test_after_a_kill_wandb_gets_every_row_that_it_lacks(tmp_path, monkeypatch):
@@ -64,7 +79,7 @@ def test_after_a_kill_wandb_gets_every_row_that_it_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", lambda **keywords: run)
     run = FakeRun(update=4)
     train(tiny_config("wandb.mode=online", "train.updates=8"), tmp_path)
-    assert run.rows == [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["update"] >= 4]
+    assert numbers(run.rows) == [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["update"] >= 4]
 
 
 def test_an_offline_run_that_goes_on_writes_all_rows_anew(tmp_path, monkeypatch):
@@ -73,13 +88,13 @@ def test_an_offline_run_that_goes_on_writes_all_rows_anew(tmp_path, monkeypatch)
     first = written_files()
     train(tiny_config("wandb.mode=offline", "train.updates=6"), tmp_path)
     [path] = written_files() - first
-    assert wandb_rows(path) == read_metrics(tmp_path / "metrics.jsonl")
+    assert numbers(wandb_rows(path)) == read_metrics(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize(("ending", "preempted"), [(SystemExit, True), (ValueError, False)])
 def test_a_stopped_run_is_preempted_and_one_with_an_error_has_failed(ending, preempted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ending), wandb_logger(tiny_config("wandb.mode=offline"), "run", "id123456", "accuracy"):
+    with pytest.raises(ending), trackers(tiny_config("wandb.mode=offline"), tmp_path, "id123456", "accuracy"):
         raise ending
     [path] = written_files()
     records = list(wandb_records(path))
@@ -94,6 +109,8 @@ def test_a_stopped_run_is_preempted_and_one_with_an_error_has_failed(ending, pre
         ("wandb.tags=['']", "wandb.tags may have 1 to 64 characters each, got 0: ''"),
         (f"wandb.group={'x' * 129}", "wandb.group must have 1 to 128 characters, got 129"),
         ("wandb.project=my/project", "wandb.project must not contain any of"),
+        ("wandb.log_model=true", "wandb.log_model must be one of false, last, best, got true"),
+        ("wandb.log_model=best", "wandb.log_model=best needs eval.interval=N"),
     ],
 )
 def test_a_name_that_wandb_would_refuse_is_refused_before_the_run_begins(override, message):
@@ -116,9 +133,31 @@ def test_the_variable_wandb_mode_decides_where_the_config_says_auto(tmp_path, mo
 def test_seeds_share_a_group_and_other_settings_do_not():
     group = default_group(tiny_config())
     assert group.startswith("Copy-ExpireSpan-")
-    assert group == default_group(tiny_config("seed=2", "run.log_every=1", "wandb.tags=[a]"))
+    assert group == default_group(tiny_config("seed=2", "run.log_every=1", "wandb.tags=[a]", "tracker=none"))
+    assert group == default_group(tiny_config("train.micro_batch_size=auto"))
     for other in ("memory.alpha=0.5", "task.episode_length=32", "train.updates=8", "model=trans_xl"):
         assert default_group(tiny_config(other)) != group
+
+
+def test_an_evaluation_is_a_run_of_its_own_in_the_group_of_the_run_and_names_it(tmp_path):
+    offline = {"WANDB_MODE": "offline"}
+    train = ["expire-span", *COPY, "wandb.mode=auto", f"hydra.run.dir={tmp_path}/trained"]
+    longer = ["task.episode_length=128", "eval.splits=[test]", f"hydra.run.dir={tmp_path}/longer"]
+    evaluate = ["expire-span", f"evaluate={tmp_path}/trained", *longer]
+    runs = []
+    for number, command in enumerate((train, evaluate)):
+        (tmp_path / str(number)).mkdir()
+        ended = forked_command(command, tmp_path / str(number), environment=offline)
+        assert ended.code == 0, ended.stderr
+        [path] = (tmp_path / str(number)).glob("wandb/offline-run-*/run-*.wandb")
+        [run] = [record.run for record in wandb_records(path) if record.HasField("run")]
+        runs.append((run, {item.key: item.value_json for item in run.config.update}, wandb_rows(path)))
+    (trained, _, _), (evaluation, config, rows) = runs
+    assert evaluation.job_type == "evaluation"
+    assert evaluation.run_group == trained.run_group
+    assert evaluation.run_id != trained.run_id
+    assert config["trained_run"] == f'"{trained.run_id}"'
+    assert numbers(rows) == read_metrics(tmp_path / "longer" / "metrics.jsonl")
 
 
 @pytest.mark.slow

@@ -26,7 +26,13 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 
 def wandb_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics in a .wandb file, without what W&B adds (`_step`, `_runtime`, ...)."""
-    histories = [record.history for record in wandb_records(path) if record.HasField("history")]
-    rows = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in row.item} for row in histories]
-    return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+    """The rows in a .wandb file, without what W&B adds (`_step`, ...); an image or table is a dictionary."""
+    rows = []
+    for history in (record.history for record in wandb_records(path) if record.HasField("history")):
+        row: dict[str, Any] = {}
+        for item in history.item:
+            name, *inner = item.nested_key or [item.key]
+            value = json.loads(item.value_json)
+            row[name] = {**row.get(name, {}), inner[0]: value} if inner else value
+        rows.append({name: value for name, value in row.items() if not name.startswith("_")})
+    return rows

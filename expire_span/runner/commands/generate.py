@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from expire_span.tasks.token_stream import text_codec
 from ...transformer import Transformer
 from ..config.schema import validate
 from ..errors import exit_with_message
-from ..load_run import load_run
+from ..load_run import LoadedRun, load_run
+from ..logging.media import Table
+from ..logging.trackers import trackers
+from ..logging.wandb_logger import default_group
 from ..run_folder.config_files import load_config
 
 PROMPT_BLOCK_SIZE = 256  # timesteps of the prompt that are processed at once
@@ -74,6 +78,7 @@ def main() -> None:
     )
     parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens only (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled tokens (default 0)")
+    parser.add_argument("--wandb", action="store_true", help="log the text to W&B, beside the run")
     parser.add_argument("--tokens", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.tokens:
@@ -85,24 +90,28 @@ def main() -> None:
             if value is not None and value < 1:
                 raise ValueError(f"{flag} must be at least 1, got {value}")
         run = load_run(options.run, validate(load_config(options.run)))
-        print_generated_text(run.model, run.task, options)
+        text = print_generated_text(run.model, run.task, options)
+        if options.wandb:
+            log_to_wandb(run, text, options)
     except (KeyboardInterrupt, BrokenPipeError):
         pass
     except Exception as error:
         exit_with_message(error)
 
 
-def print_generated_text(model: Transformer, task: Task, options: argparse.Namespace) -> None:
-    """Write the prompt and its continuation to stdout. Raises ValueError for an empty prompt."""
+def print_generated_text(model: Transformer, task: Task, options: argparse.Namespace) -> str:
+    """Write the prompt and its continuation to stdout, and return the latter. Raises ValueError for an empty prompt."""
     encode, decode = text_codec(task)
     prompt = encode(options.prompt)
     if not prompt:
         raise ValueError("--prompt is empty; give at least one character or word")
     sys.stdout.buffer.write(options.prompt.encode())
     start_time = last_report = time.perf_counter()
+    parts = []
     tokens = generate(model, prompt, options.temperature, options.top_k, options.seed)
     for count, (token, _, metrics) in enumerate(tokens, start=1):
         text = decode(token)
+        parts.append(text)
         sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()
         if count % REPORT_EVERY == 0 or count == options.max_new_tokens:
@@ -118,6 +127,25 @@ def print_generated_text(model: Transformer, task: Task, options: argparse.Names
         print()
     if options.max_new_tokens > REPORT_EVERY:
         print(f"[{options.max_new_tokens / (time.perf_counter() - start_time):.0f} tokens/s in all]", file=sys.stderr)
+    return b"".join(parts).decode(errors="replace")
+
+
+def log_to_wandb(run: LoadedRun, text: str, options: argparse.Namespace) -> None:
+    """Log a text as a W&B run of its own, in the group of the run that wrote it, by that run's settings of W&B.
+
+    The settings of a run that was not shown in W&B are those of wandb.mode=auto.
+    """
+    config = run.config.copy()
+    config.tracker = "wandb"
+    if config.wandb.mode == "disabled":
+        config.wandb.mode = "auto"
+    config.wandb.group = config.wandb.group or default_group(config)
+    name = f"generate-{options.run.resolve().name}"
+    columns = ("prompt", "text", "temperature", "top_k", "seed")
+    table = Table(columns, [(options.prompt, text, options.temperature, str(options.top_k), options.seed)])
+    new_id, metric = uuid.uuid4().hex[:8], run.task.metric
+    with trackers(config, Path(name), new_id, metric, job_type="generation", trained_run=run.run_id) as log_row:
+        log_row({"update": run.update}, lambda: {"text": table})
 
 
 if __name__ == "__main__":

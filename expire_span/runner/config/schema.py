@@ -20,7 +20,7 @@ from expire_span.tasks.base import RLTask, Task
 
 from ...memory import Mechanism
 from ...transformer import TransformerConfig
-from ..logging.wandb_logger import check_wandb
+from ..logging.trackers import check_trackers
 from .former_names import current_name
 from .overrides import literal
 
@@ -34,6 +34,7 @@ class TopLevel:
     resume: str | None
     paper: dict[str, float]
     simplified: dict[str, str]
+    tracker: Any = "wandb"  # or a list; folders of earlier runs do not have it
 
 
 @dataclass
@@ -135,6 +136,7 @@ class WandbConfig:
     entity: str | None
     group: str | None
     tags: list[str]
+    log_model: bool | str = False  # folders of earlier runs do not have it
 
 
 SECTIONS = {
@@ -279,7 +281,7 @@ def check_values(config: DictConfig) -> None:
             f"lr_schedule.final_updates={schedule.final_updates} together, so that the learning rate would never be "
             "whole; for a short trial add lr_schedule.final_updates=0"
         )
-    check_wandb(config.wandb)
+    check_trackers(config)
 
 
 def converted_section(config: DictConfig, name: str, schema: type) -> DictConfig:

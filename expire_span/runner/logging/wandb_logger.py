@@ -1,4 +1,4 @@
-"""Weights & Biases mirrors metrics.jsonl. A run never depends on it."""
+"""Weights & Biases mirrors metrics.jsonl. See trackers.py for what isolates a run from its failures."""
 
 import hashlib
 import json
@@ -8,20 +8,26 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from expire_span.tasks.base import LOWER_IS_BETTER
 
+from ..run_folder import weights
+from .media import Media, Table
+
 log = logging.getLogger(__name__)
 
-LogRow = Callable[[Mapping[str, float]], None]
 MAX_NAME_LENGTH, MAX_TAG_LENGTH = 128, 64  # W&B's own limits, in characters
 
 
-def check_wandb(settings: DictConfig) -> None:
-    """Raises ValueError for a name that W&B would refuse when the run has begun."""
+def check_wandb(config: DictConfig) -> None:
+    """Raises ValueError for a name that W&B would refuse when the run has begun, or weights that will not exist."""
+    settings = config.wandb
     for key in ("project", "entity", "group"):
         name = settings[key]
         if name is not None and not 1 <= len(name) <= MAX_NAME_LENGTH:
@@ -31,13 +37,19 @@ def check_wandb(settings: DictConfig) -> None:
     for tag in settings.tags:
         if not 1 <= len(tag) <= MAX_TAG_LENGTH:
             raise ValueError(f"wandb.tags may have 1 to {MAX_TAG_LENGTH} characters each, got {len(tag)}: {tag!r}")
+    log_model = settings.get("log_model", False)  # folders of earlier runs do not have it
+    if log_model not in (False, *weights.FILES):
+        raise ValueError(f"wandb.log_model must be one of false, last, best, got {str(log_model).lower()}")
+    if log_model == "best" and config.eval.interval is None:
+        raise ValueError("wandb.log_model=best needs eval.interval=N: the best weights are those of an evaluation")
 
 
 def default_group(config: DictConfig) -> str:
     """A name for the runs that differ in nothing but the seed, over which W&B averages those of one group."""
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    for key in ("seed", "run", "wandb", "evaluate", "resume", "paper", "simplified"):  # no settings of the training
+    for key in ("seed", "run", "wandb", "tracker", "evaluate", "resume", "paper", "simplified"):  # not of the training
         plain.pop(key, None)
+    plain["train"]["micro_batch_size"] = None  # changes no result, and auto is another number on each machine
     plain["task"].pop("seed", None)
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     return f"{class_name(config.task)}-{class_name(config.model)}-{digest[:8]}"
@@ -51,66 +63,96 @@ def class_name(section: DictConfig) -> str:
 @contextmanager
 def wandb_logger(
     config: DictConfig,
-    name: str,
+    folder: Path,
     run_id: str,
     metric: str,
     earlier_rows: Iterable[Mapping[str, float]] = (),
-) -> Iterator[LogRow]:
-    """Yield a function that logs one row of metrics. Any failure is reported once, and the run continues without W&B.
+    job_type: str | None = None,
+    trained_run: str | None = None,
+) -> Iterator[Callable[[Mapping[str, float], Media], None]]:
+    """Yield a function that logs one row of metrics, with the media beside it.
 
     Args:
-        name: display name of the W&B run.
+        config: of the run.
+        folder: of the run; its name is the display name of the W&B run.
         run_id: W&B's id of the run, so that a resumed run continues the same one.
         metric: of the task; W&B's summary shows the best value of each split beside the last one.
         earlier_rows: what a resumed run has logged before; W&B gets those rows that it lacks.
+        job_type: of a run that does not train (None: the model).
+        trained_run: id of the run whose model this one uses, if it does not train.
     """
-    run, known_update = None, -math.inf  # the last update of which W&B has a row
-    if config.wandb.mode != "disabled":
-        try:
-            run = init_run(config, name, run_id)
-            run.define_metric("*", step_metric="update")  # the axis of every plot
-            best = "min" if metric in LOWER_IS_BETTER else "max"
-            for key in (f"valid/{metric}", f"test/{metric}", f"valid/rl/{metric}", f"test/rl/{metric}"):
-                run.define_metric(key, step_metric="update", summary=f"{best},last")
-            known_update = run.summary.get("update", -math.inf)
-        except Exception as error:  # no package, no network, no disk space: none of them may stop the run
-            log.warning("W&B is off for this run (%s); metrics.jsonl has everything", error)
-
-    def log_row(row: Mapping[str, float]) -> None:
-        nonlocal run
-        if run is not None and row["update"] >= known_update:
-            try:
-                run.log(dict(row))  # without W&B's step, which may not go back to the checkpoint after a kill
-            except Exception as error:
-                log.warning("W&B stopped (%s); metrics.jsonl goes on", error)
-                run = None
-
-    for row in earlier_rows:
-        log_row(row)
+    run = init_run(config, folder.name, run_id, job_type, trained_run)
     try:
+        run.define_metric("*", step_metric="update")  # the axis of every plot
+        best = "min" if metric in LOWER_IS_BETTER else "max"
+        for key in (f"valid/{metric}", f"test/{metric}", f"valid/rl/{metric}", f"test/rl/{metric}"):
+            run.define_metric(key, step_metric="update", summary=f"{best},last")
+        known_update = run.summary.get("update", -math.inf)  # the last one of which W&B has a row
+
+        def log_row(row: Mapping[str, float], media: Media) -> None:
+            if (
+                row["update"] >= known_update
+            ):  # without W&B's step, which may not go back to the checkpoint after a kill
+                run.log({**row, **{name: to_wandb(item) for name, item in media.items()}})
+
+        for row in earlier_rows:
+            log_row(row, {})
         yield log_row
     except BaseException as error:
-        finish_run(run, exit_code=1, stopped=isinstance(error, SystemExit))
+        if isinstance(error, SystemExit):  # stopped by a signal: it may go on, and has not failed
+            run.mark_preempting()
+        run.finish(exit_code=1)
         raise
-    finish_run(run, exit_code=0)
+    try:
+        if job_type is None:
+            upload_model(run, config, folder)
+    except Exception as error:
+        log.warning("W&B did not get the model (%s); it is in %s", error, folder)
+    run.finish(exit_code=0)
 
 
-def init_run(config: DictConfig, name: str, run_id: str) -> Any:
+def to_wandb(item: Tensor | np.ndarray | Table) -> Any:
+    """A histogram, image or table as W&B has it."""
+    import wandb
+
+    if isinstance(item, Table):
+        return wandb.Table(columns=list(item.columns), data=[list(row) for row in item.rows])
+    return wandb.Histogram(item.tolist()) if isinstance(item, Tensor) else wandb.Image(item)
+
+
+def upload_model(run: Any, config: DictConfig, folder: Path) -> None:
+    """Log the weights that `wandb.log_model` names as an artifact, which is a run folder that evaluate=RUN takes."""
+    if not (which := config.wandb.get("log_model")):
+        return
+    import wandb
+
+    artifact = wandb.Artifact(f"model-{run.id}", type="model")
+    artifact.add_file(str(folder / weights.FILES[which]))
+    for name in (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "summary.json", "vocab.json"):
+        if (folder / name).exists():
+            artifact.add_file(str(folder / name), name=name)
+    run.log_artifact(artifact, aliases=[which])
+
+
+def init_run(
+    config: DictConfig, name: str, run_id: str, job_type: str | None = None, trained_run: str | None = None
+) -> Any:
     """Start or resume the W&B run with this name and id."""
     import wandb  # takes a second to import, and may be missing on a machine without a network
 
     settings, plain = config.wandb, cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    del plain["wandb"]  # where, and by whom, W&B knows itself
     init = partial(
         wandb.init,
         project=settings.project,
         entity=settings.entity,
         group=settings.group or default_group(config),
-        job_type=class_name(config.model),
+        job_type=job_type or class_name(config.model),
         tags=list(settings.tags),
         name=name[:MAX_NAME_LENGTH],
         id=run_id,
         resume="allow",
-        config={key: value for key, value in plain.items() if key != "wandb"},  # where, and by whom, W&B knows itself
+        config=plain | ({"trained_run": trained_run} if job_type else {}),
         settings=wandb.Settings(silent=True),
     )
     if settings.mode != "auto":
@@ -123,14 +165,3 @@ def init_run(config: DictConfig, name: str, run_id: str) -> Any:
     except Exception as error:
         log.warning("W&B cannot be reached (%s); the run is logged offline, for `wandb sync`", error)
     return init(mode="offline")
-
-
-def finish_run(run: Any, exit_code: int, stopped: bool = False) -> None:
-    """Finish a W&B run, if there is one; 0 marks it as successful. A stopped one, which may go on, has not failed."""
-    if run is not None:
-        try:
-            if stopped:
-                run.mark_preempting()
-            run.finish(exit_code=exit_code)
-        except Exception as error:
-            log.warning("W&B did not finish (%s); metrics.jsonl has everything", error)

@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "eval",
     "run",
     "wandb",
+    "tracker",
     "evaluate",
     "resume",
     "paper",
@@ -25,7 +26,7 @@ NOT_IN_RUN = ("run.precision",)  # of the section `run`, these may not
 # Keys that resume=RUN may change on purpose, for example after the training has diverged.
 MAY_CHANGE_IN_RESUME = (*MAY_CHANGE, "optimizer", "lr_schedule", "alpha_schedule", "train.grad_clip")
 # Keys that evaluate=RUN may change: the data, and how it is evaluated. All others are how the run was trained.
-CHANGED_BY_EVALUATION = ("task", "eval", "run", "wandb", "transformer.attention_backend")
+CHANGED_BY_EVALUATION = ("task", "eval", "run", "wandb", "tracker", "transformer.attention_backend")
 
 
 def check_same_run(

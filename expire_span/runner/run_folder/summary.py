@@ -49,5 +49,7 @@ def run_summary(
             "precision": config.run.precision,
             "attention_backend": select_backend(model.config.attention_backend, device.type, model.position.dtype),
         },
-        "config": {key: value for key, value in plain_config.items() if key not in ("wandb", "paper", "simplified")},
+        "config": {
+            key: value for key, value in plain_config.items() if key not in ("wandb", "tracker", "paper", "simplified")
+        },
     }
