@@ -1,5 +1,6 @@
 """W&B mirrors a run, and no run depends on it."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,11 +140,11 @@ def test_seeds_share_a_group_and_other_settings_do_not():
         assert default_group(tiny_config(other)) != group
 
 
-def test_an_evaluation_is_a_run_of_its_own_in_the_group_of_the_run_and_names_it(tmp_path):
+def test_an_evaluation_of_an_uploaded_model_is_a_run_of_its_own_that_names_the_trained_one(tmp_path):
     offline = {"WANDB_MODE": "offline"}
-    train = ["expire-span", *COPY, "wandb.mode=auto", f"hydra.run.dir={tmp_path}/trained"]
+    train = ["expire-span", *COPY, "wandb.mode=auto", "wandb.log_model=last", f"hydra.run.dir={tmp_path}/trained"]
     longer = ["task.episode_length=128", "eval.splits=[test]", f"hydra.run.dir={tmp_path}/longer"]
-    evaluate = ["expire-span", f"evaluate={tmp_path}/trained", *longer]
+    evaluate = ["expire-span", f"evaluate={tmp_path}/downloaded", *longer]
     runs = []
     for number, command in enumerate((train, evaluate)):
         (tmp_path / str(number)).mkdir()
@@ -151,6 +152,11 @@ def test_an_evaluation_is_a_run_of_its_own_in_the_group_of_the_run_and_names_it(
         assert ended.code == 0, ended.stderr
         [path] = (tmp_path / str(number)).glob("wandb/offline-run-*/run-*.wandb")
         [run] = [record.run for record in wandb_records(path) if record.HasField("run")]
+        for record in wandb_records(path):
+            for file in record.artifact.manifest.contents if record.artifact.type == "model" else ():
+                target = tmp_path / "downloaded" / file.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(tmp_path / "trained" / file.path, target)
         runs.append((run, {item.key: item.value_json for item in run.config.update}, wandb_rows(path)))
     (trained, _, _), (evaluation, config, rows) = runs
     assert evaluation.job_type == "evaluation"

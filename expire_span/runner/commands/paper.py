@@ -43,7 +43,7 @@ from ..run_folder.config_files import load_config
 from ..run_folder.files import read_metrics
 from ..stop_signals import Stopped, heeded_signals
 
-FREE = ("hydra", "run", "wandb", "tracker")  # sections that change no result
+FREE = ("hydra", "run", "wandb")  # sections that change no result
 DATA = ("task.path", "task.data_dir")  # where data lies
 CLAIMS = "claims"  # stands for the page that judges the paper's claims from the tables in OUT
 SUBFOLDER = "hydra.sweep.subdir='{size}${{hydra:runtime.choices.experiment}}/seed${{seed}}'"
@@ -145,10 +145,10 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """Raises ValueError for one that would change a result: a table's settings are those of its presets."""
     for override in map(parse, overrides):
         key = override.key_or_group
-        if key not in ("size", *DATA) and key.split(".")[0].split("/")[0] not in FREE:
+        if key not in ("size", "tracker", *DATA) and key.split(".")[0].split("/")[0] not in FREE:
             raise ValueError(
                 f"{key} belongs to the presets of the table, which must not differ; run a variant with "
-                f"expire-span experiment=PRESET {key}=..., or set {', '.join(DATA)}, or one of "
+                f"expire-span experiment=PRESET {key}=..., or set tracker, {', '.join(DATA)}, or one of "
                 f"{', '.join(f'{section}.*' for section in FREE)}"
             )
 
@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "claims: judges the paper's claims from the tables that have been written\n"
         "  size=mini|paper     mini: minutes a run on two CPU cores; paper: the paper's own sizes (default mini)\n"
         "  task.path=FILE      the text of tables that need one\n"
-        "  hydra.* run.* wandb.*  passed on to expire-span, as hydra.launcher.n_jobs=2 or hydra/launcher=slurm\n\n"
+        "  hydra.* run.* wandb.* tracker  passed on, as hydra.launcher.n_jobs=2 or hydra/launcher=slurm\n\n"
         "examples:\n  expire-span-paper table1 size=mini hydra.launcher.n_jobs=2 run.num_threads=1\n"
         "  expire-span-paper table3 size=mini --tune    the same, every model tuned with the same budget",
     )

@@ -30,7 +30,9 @@ def check_trackers(config: DictConfig) -> None:
         if name not in (*LABELS, "none"):
             close = difflib.get_close_matches(str(name), (*LABELS, "none"), 1)
             advice = f"did you mean {close[0]}?" if close else "both are tracker=[wandb,tensorboard]"
-            raise ValueError(f"tracker must be wandb, tensorboard or none, got {name}; {advice}")
+            raise ValueError(
+                f"tracker must be wandb, tensorboard or none, got {'null' if name is None else name}; {advice}"
+            )
     if "none" in names and len(names) > 1:
         raise ValueError(f"tracker=none stands alone, got [{','.join(names)}]")
     check_wandb(config)
@@ -78,17 +80,19 @@ def trackers(
         "wandb": lambda: wandb_logger(config, folder, run_id, metric, rows, job_type, trained_run),
         "tensorboard": lambda: tensorboard_logger(folder, update, rows),
     }
+    is_warned = False
     with ExitStack() as stack:
         loggers = [stack.enter_context(isolated(LABELS[name], openers[name]())) for name in tracker_names(config)]
 
         def log_row(row: Mapping[str, float], make_media: Callable[[], Media] = dict) -> None:
-            if not loggers:
-                return
+            nonlocal is_warned
             media: Media = {}
             try:
-                media = make_media()
+                media = make_media() if loggers else {}
             except Exception as error:
-                log.warning("no picture, table or histogram beside the metrics of update %s (%s)", row["update"], error)
+                if not is_warned:
+                    log.warning("no histogram, table or picture beside the metrics (%s); the metrics go on", error)
+                is_warned = True
             for logger in loggers:
                 logger(row, media)
 
