@@ -9,6 +9,7 @@ from typing import Any
 from expire_span.tasks.base import METRICS
 
 from ..errors import exit_with_message, one_line
+from ..logging.answer_metrics import ACCURACY_METRICS
 
 COLORS: dict[object, object] = {
     "ExpireSpan": "#d1495b",
@@ -36,6 +37,7 @@ def workspace(entity: str, project: str, metric: str = "accuracy", name: str = "
     def plot(title: str, *metrics: str, x: str = "update") -> Any:
         return reports.LinePlot(title=title, x=x, y=list(metrics), title_x=x)
 
+    table = f"test/{metric}_by_distance"
     held, last = reports.SummaryMetric("test/memory/held"), reports.SummaryMetric(f"test/{metric}.last")
     sections: dict[str, list[Any]] = {
         f"Quality: {metric}": [
@@ -54,7 +56,7 @@ def workspace(entity: str, project: str, metric: str = "accuracy", name: str = "
             plot("peak memory of the process, GB (CPU)", "perf/peak_resident_gb"),
         ],
         "Test split": [
-            reports.WeavePanelSummaryTable(table_name=f"test/{metric}_by_distance"),
+            *([reports.WeavePanelSummaryTable(table_name=table)] if metric in ACCURACY_METRICS else []),
             reports.MediaBrowser(title="spans", media_keys=["test/spans"]),
         ],
     }
@@ -79,11 +81,9 @@ def check_metric(metric: str) -> None:
 
 def save(view: Any) -> str:
     """Save the view, and return its address. Raises ValueError without an account or a network."""
-    import wandb
-
     try:
         return str(view.save().url)
-    except (wandb.errors.Error, wandb.errors.CommError, OSError) as error:
+    except Exception as error:  # of several packages
         reason = one_line(error)
     raise ValueError(f"W&B did not save the dashboard ({reason}); --json prints what would be saved")
 
