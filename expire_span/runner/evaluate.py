@@ -58,8 +58,6 @@ def evaluate_run(
         write_summary(folder, summary | origin)
         new_id, metric = uuid.uuid4().hex[:8], run.task.metric
         with trackers(config, folder, new_id, metric, job_type="evaluation", trained_run=run.run_id) as log_row:
-            log_row(
-                {"update": run.update, **metrics},
-                lambda: final_media(run.model, run.task, config, run.device, metrics),
-            )
+            log_row({"update": run.update, **metrics})
+            log_row({"update": run.update}, lambda: final_media(run.model, run.task, config, run.device, metrics))
     return metrics

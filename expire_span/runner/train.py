@@ -98,11 +98,12 @@ def train(
             metrics = training_costs(folder)
             for split in config.eval.splits:
                 metrics |= evaluate(trainer, split)
+            log_metrics(metrics)
             task, model, objective = trainer.task, trainer.model, trainer.objective
             summary = run_summary(config, task, model, trainer.device, trainer.update, objective.blocks, metrics)
-            log_metrics(metrics, lambda: final_media(model, task, config, trainer.device, metrics))
             if ranks.is_main():
                 write_summary(folder, summary | origin | {"changes": trainer.changes})
+            log_metrics({}, lambda: final_media(model, task, config, trainer.device, metrics))
     return metrics
 
 
@@ -191,7 +192,7 @@ def training_costs(folder: Path) -> Metrics:
 def metric_logger(trainer: Trainer) -> Iterator[Callable[..., None]]:
     """Yield a function that logs a row of metrics: to metrics.jsonl first, then to the trackers and the terminal.
 
-    Its second argument makes what the trackers show beside the row.
+    Its second argument makes what the trackers show beside the row; without any metrics they show that alone.
     """
     if not ranks.is_main():
         yield lambda metrics, make_media=dict: None
@@ -207,6 +208,9 @@ def metric_logger(trainer: Trainer) -> Iterator[Callable[..., None]]:
 
         def log_metrics(metrics: Metrics, make_media: Callable[[], Media] = dict) -> None:
             row = {"update": trainer.update, **metrics}
+            if not metrics:
+                log_row(row, make_media)
+                return
             append_metrics(path, row)
             log_row(row, make_media)
             names = [name for name in row if name.endswith(f"/{metric}")]

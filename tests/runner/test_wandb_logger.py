@@ -29,8 +29,9 @@ def written_files():
 
 
 def numbers(rows):
-    """Rows without what is shown beside the numbers."""
-    return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in rows]
+    """Rows of metrics, without what is shown beside them."""
+    rows = [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in rows]
+    return [row for row in rows if len(row) > 1]
 
 
 class FakeRun:

@@ -85,7 +85,7 @@ def save(view: Any) -> str:
         return str(view.save().url)
     except Exception as error:  # of several packages
         reason = one_line(error)
-    raise ValueError(f"W&B did not save the dashboard ({reason}); --json prints what would be saved")
+        raise ValueError(f"W&B did not save the dashboard ({reason}); --json prints what would be saved") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -43,8 +43,8 @@ def span_histograms(model: Transformer, state: State, device: torch.device) -> d
         every_nth = slice(None, None, -(-len(memory.time) // MEMORIES_PER_HISTOGRAM) or 1)
         hidden, time, min_distance = (tensor[every_nth].to(device) for tensor in memory[:3])
         if len(time):
-            sample: Any = layer
-            spans = sample.spans(sample.normalized(Memory(hidden, time, min_distance, memory.offsets)))  # (n, H or 1)
+            block: Any = layer
+            spans = block.spans(block.normalized(Memory(hidden, time, min_distance, memory.offsets)))  # (n, H or 1)
             histograms[f"spans/layer_{index}"] = spans.flatten().float().cpu()
     return histograms
 

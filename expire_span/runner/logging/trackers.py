@@ -102,10 +102,12 @@ def trackers(
 @contextmanager
 def isolated(label: str, tracker: AbstractContextManager[LogRow]) -> Iterator[LogRow]:
     """Report any failure of a tracker once, after which the run continues without it."""
+    log_row = None
     try:
         log_row = tracker.__enter__()
     except Exception as error:  # no package, no network, no disk space: none of them may stop the run
         log.warning("%s is off for this run (%s); metrics.jsonl has everything", label, error)
+    if log_row is None:
         yield lambda row, media: None
         return
     works = True

@@ -90,9 +90,8 @@ def wandb_logger(
         known_update = run.summary.get("update", -math.inf)  # the last one of which W&B has a row
 
         def log_row(row: Mapping[str, float], media: Media) -> None:
-            if (
-                row["update"] >= known_update
-            ):  # without W&B's step, which may not go back to the checkpoint after a kill
+            if row["update"] >= known_update:
+                # Without W&B's step, which may not go back to the checkpoint after a kill.
                 run.log({**row, **{name: to_wandb(item) for name, item in media.items()}})
 
         for row in earlier_rows:
