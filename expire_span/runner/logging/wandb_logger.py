@@ -128,7 +128,7 @@ def upload_model(run: Any, config: DictConfig, folder: Path) -> None:
     artifact = wandb.Artifact(f"model-{run.id}", type="model")
     artifact.add_file(str(folder / weights.FILES[which]))
     for name in (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "summary.json", "vocab.json"):
-        if (folder / name).exists():
+        if (folder / name).is_file() and not (folder / name).is_symlink():  # a link could name any file of the user
             artifact.add_file(str(folder / name), name=name)
     run.log_artifact(artifact, aliases=[which])
 
