@@ -43,6 +43,7 @@ class Copy(Task):
     """
 
     vocab_size = num_classes = 4
+    vocab = "AB?."
     metric = "accuracy"
     scoring = "sequence"
     curriculum_stage: int  # length of the training episodes that begin from now on

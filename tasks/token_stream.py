@@ -32,7 +32,8 @@ def text_codec(task: Task) -> tuple[Callable[[str], list[int]], Callable[[int], 
         ValueError: if the task does not predict the tokens that it reads.
     """
     vocab = task.vocab
-    if task.num_classes != task.vocab_size or (vocab is None and task.vocab_size != 256):
+    has_no_unknown = isinstance(vocab, str) and len(vocab) == task.vocab_size  # such as the symbols of copy
+    if task.num_classes != task.vocab_size or (vocab is None and task.vocab_size != 256) or has_no_unknown:
         raise ValueError(f"task {type(task).__name__} does not predict text, so no text can be generated from it")
     if vocab is None:
         return lambda text: list(text.encode()), lambda token: bytes([token])

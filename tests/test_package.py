@@ -52,7 +52,7 @@ def test_the_wheel_holds_every_source_and_config_and_no_other_top_level_name(whe
     assert {name.split("/")[0].split("-")[0] for name in names} <= {"expire_span"} | {wheel.name.split("-")[0]}
     for inside, source in SOURCES.items():
         for path in (ROOT / source).rglob("*"):
-            if path.suffix in (".py", ".cpp", ".h", ".yaml", ".html", ".js"):
+            if path.suffix in (".py", ".cpp", ".h", ".yaml", ".html", ".css", ".js"):
                 assert f"{inside}/{path.relative_to(ROOT / source)}" in names
 
 
