@@ -1,12 +1,14 @@
 """The page that `expire-span-spans` writes: one HTML file with its data, which loads nothing from elsewhere."""
 
 import html
-import json
 import math
 import re
 from importlib.resources import files
 from typing import Any
 
+from ...comparison_page import script_json
+
+SCRIPTS = ("values", "around", "text")  # in the order in which they run
 NUM_COLORS = 64
 
 
@@ -17,22 +19,14 @@ def page(data: dict[str, Any]) -> str:
         for theme, is_dark in (("light", False), ("dark", True))
     }
     folder = files(__package__)
-    template, style, script = (
-        (folder / f"page.{ending}").read_text(encoding="utf-8") for ending in ("html", "css", "js")
-    )
     values = {
-        "$TITLE": html.escape(f"What the run {data['run']} remembers"),
-        "$STYLE": style,
-        "$SCRIPT": script,
-        "$DATA": script_json({**data, "scales": scales}),
+        "TITLE": html.escape(f"What the run {data['run']} remembers"),
+        "STYLE": folder.joinpath("page.css").read_text(encoding="utf-8"),
+        "SCRIPT": "".join(folder.joinpath(f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS),
+        "DATA": script_json({**data, "scales": scales}),
     }
-    return re.sub("|".join(map(re.escape, values)), lambda match: values[match[0]], template)
-
-
-def script_json(data: Any) -> str:
-    """ASCII JSON that no text can break out of: `</script>`, `<!--` and U+2028 are escaped."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    template = folder.joinpath("page.html").read_text(encoding="utf-8")
+    return re.sub("{{(TITLE|STYLE|SCRIPT|DATA)}}", lambda place: values[place[1]], template)
 
 
 def span_colors(is_dark: bool = False) -> list[str]:

@@ -12,8 +12,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import CenteredNorm, ListedColormap, LogNorm
-from matplotlib.patches import Rectangle
 
 from .page import change_colors, span_colors
 
@@ -128,8 +128,8 @@ def break_lines(data: dict[str, Any], slots: Sequence[Sequence[int]]) -> list[li
 
 
 def draw_text(axis: Any, data: dict[str, Any], rows: Sequence[Row], lines: Sequence[Sequence[Sequence[int]]]) -> None:
-    """The rows of each line, one above the other."""
-    top = 0.0
+    """The rows of each line, one above the other: a colored box for each token, and its characters."""
+    boxes, colors, top = [], [], 0.0
     for line in lines:
         for row in rows:
             axis.text(-0.8, top + 0.5, row.name, ha="right", va="center", fontsize=7, color="#6d675e")
@@ -137,23 +137,25 @@ def draw_text(axis: Any, data: dict[str, Any], rows: Sequence[Row], lines: Seque
             for slot in line:
                 place = column
                 for index, label in enumerate(labels_in(data, slot, row.number), start=slot[2 * row.number]):
-                    draw_token(axis, place, top, label, row.colors[index])
+                    end = place + len(label.rstrip())
+                    boxes.append([(place, top), (end, top), (end, top + 1), (place, top + 1)])
+                    colors.append(row.colors[index])
+                    draw_characters(axis, place, top, label, row.colors[index])
                     place += len(label)
                 column += width_of(data, slot)
             top += 1
         top += 0.7
+    axis.add_collection(PolyCollection(boxes, facecolors=colors, linewidths=0), autolim=False)
     axis.set(xlim=(-13, COLUMNS), ylim=(top, 0))
     axis.axis("off")
 
 
-def draw_token(axis: Any, column: int, top: float, label: str, color: np.ndarray) -> None:
-    """A colored rectangle with a character in each column."""
-    text = label.rstrip()
-    axis.add_artist(Rectangle((column, top), len(text), 1, facecolor=color, linewidth=0, in_layout=False))
+def draw_characters(axis: Any, column: int, top: float, label: str, color: np.ndarray) -> None:
+    """A character in each column, dark or light, as its background asks for."""
     is_dark = color[3] > 0 and color[:3] @ (0.299, 0.587, 0.114) < 0.55
     style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5, "family": "monospace"}
     ink = "white" if is_dark else "#22201c"
-    for offset, character in enumerate(text):  # without in_layout, matplotlib would measure every character twice
+    for offset, character in enumerate(label.rstrip()):  # in_layout would measure every character once more
         axis.text(column + offset + 0.5, top + 0.54, character, color=ink, in_layout=False, parse_math=False, **style)
 
 
