@@ -89,8 +89,7 @@ class Reading(NamedTuple):
     tokens: Tensor  # (B, time)
     losses: Tensor  # (B, time) nats: the cross-entropy of each timestep's target, nan where there is none
     spans: list[Tensor]  # of each layer, (B, H or 1, time) timesteps
-    pooled: list[list[tuple[int, int, float]]]  # of each layer, for the first stream: time, min_distance and span of
-    # each pooled memory, as Compressive has them, in timesteps
+    pooled: list[list[tuple[int, int, float]]]  # of each layer and the first stream, see `pooled_rows`
     metrics: dict[str, float]  # memory/... of `Transformer.forward`, the means over time
 
 
@@ -136,7 +135,7 @@ def read(model: Transformer, blocks: Iterable[Batch], span_cap: int | None = Non
 
 
 def pooled_rows(layer: TransformerBlock, memory: Memory) -> list[tuple[int, int, float]]:
-    """Time, min_distance and span of each pooled memory of the first stream, in timesteps."""
+    """Time, min_distance and span, in timesteps, of each pooled memory of the first stream (Compressive has them)."""
     first_stream = sample_index(memory.offsets, len(memory.time)) == 0
     memory = keep_rows(memory, (memory.min_distance > 1) & first_stream)
     if not len(memory.time):
