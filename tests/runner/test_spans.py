@@ -217,7 +217,7 @@ def soft_masks(data, layer, settings, moment):
 @torch.no_grad()
 def test_what_the_page_calls_alive_is_what_each_layer_holds_and_what_a_query_sees_then(kind):
     model = small_model(kind)
-    run = LoadedRun(tiny_config("run.precision=float64"), Letters(), model, torch.device("cpu"), 0, 0)
+    run = LoadedRun(tiny_config("run.precision=float64"), Letters(), model, torch.device("cpu"), 0, 0, "")
     tokens = torch.randint(11, (144,), generator=torch.Generator().manual_seed(1)).tolist()
     data = describe(run, Passage(tokens, [*tokens[1:], IGNORE_INDEX]), [], LETTERS, None, None)
     state = model.initial_state(1)
