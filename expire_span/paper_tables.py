@@ -7,8 +7,9 @@ or conf/experiment/SIZE; or one of the `curves` of a task, a value of one key fo
 command line has them.
 """
 
+import hashlib
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -54,6 +55,7 @@ class Table(NamedTuple):
     against: str = ""  # the metric on the horizontal axis of a figure; none: bars
     learned: str = ""  # a condition that tells seeds that have learned the task: test/accuracy>=0.9
     given: Sequence[str] = ()  # keys that the command line must give, such as task.path
+    page: Mapping[str, Any] | None = None  # what a page of `expire-span-spans` shows of the rows' first seeds
 
 
 class Line(NamedTuple):
@@ -83,22 +85,44 @@ def read_table(name: str, size: str, seeds: Sequence[int] = ()) -> Table:
         raise ValueError(f"there is no {name}; there are {', '.join(table_names())}, or all of them by all")
     content = table_content(name)
     counts = content.pop("seeds", {})
+    common = tuple(seeds or (range(1, counts + 1) if isinstance(counts, int) else SEEDS))
     rows = [
-        Row(preset, title, (f"experiment={preset_name(preset, size)}",), paper_numbers(preset), tuple(seeds or SEEDS))
+        Row(preset, title, (f"experiment={preset_name(preset, size)}",), paper_numbers(preset), common)
         for preset, title in content.pop("rows", {}).items()
     ]
-    for number, (title, text) in enumerate(content.pop("settings", {}).get(size, {}).items(), 1):
-        rows.append(Row(f"{name}/{number}", title, tuple(shlex.split(text)), {}, tuple(seeds or SEEDS)))
-    for model, settings in content.pop("curves", {}).get(size, {}).items():
-        [(key, values)] = [(key, value) for key, value in settings.items() if isinstance(value, list)]
-        fixed = [f"{name}={value}" for name, value in settings.items() if name != key]
+    rows += [settings_row(title, text, size, common) for title, text in of_size(content, "settings", size).items()]
+    for model, settings in of_size(content, "curves", size).items():
         own = tuple(seeds or range(1, counts.get(model, len(SEEDS)) + 1))
-        for value in values:
-            overrides = (f"task={content['task']}", f"model={model}", f"size={size}", *fixed, f"{key}={value}")
-            title = f"{model}, {key.rpartition('.')[2]}={value}"
-            rows.append(Row(f"{name}/{model}_{value}", title, overrides, {}, own, is_curve=True))
+        rows += curve(name, f"task={content['task']}", model, settings, size, own)
     content.pop("task", None)
-    return Table(name, rows=rows, **content)
+    given = of_size(content, "given", size)
+    return Table(name, rows=rows, given=list(given), **content)
+
+
+def of_size(content: dict[str, Any], key: str, size: str) -> Any:
+    """Remove a key from a table's content, and return what it has for a size."""
+    return content.pop(key, {}).get(size, {})
+
+
+def settings_row(title: str, text: str, size: str, seeds: tuple[int, ...]) -> Row:
+    """A row with settings as the command line has them; tables in which they are the same share its runs."""
+    overrides = tuple(shlex.split(text))
+    preset = overrides[0].partition("experiment=")[2].removeprefix(f"{size}/")
+    if not preset or len(overrides) > 1:
+        preset = f"settings/{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return Row(preset, title, overrides, {}, seeds)
+
+
+def curve(name: str, task: str, model: str, settings: dict[str, Any], size: str, seeds: tuple[int, ...]) -> list[Row]:
+    """A row for each value of the one key that has several."""
+    [(key, values)] = [(key, value) for key, value in settings.items() if isinstance(value, list)]
+    fixed = [f"{name}={value}" for name, value in settings.items() if name != key]
+    rows = []
+    for value in values:
+        title = f"{model}, {key.rpartition('.')[2]}={value}"
+        overrides = (task, f"model={model}", f"size={size}", *fixed, f"{key}={value}")
+        rows.append(Row(f"{name}/{model}_{value}", title, overrides, {}, seeds, is_curve=True))
+    return rows
 
 
 def table_content(name: str) -> dict[str, Any]:
@@ -251,9 +275,10 @@ def provenance_notes(lines: Sequence[Line]) -> list[str]:
         batch, block, eval_batch, eval_block = map(format_number, sizes)
         which = "" if len(group) == len(runs) else f"{len(group)} runs: "
         notes.append(
-            f"{which}training in {batch} streams and blocks of {block} timesteps, evaluation of the last weights in "
+            f"{which}Training in {batch} streams and blocks of {block} timesteps, evaluation of the last weights in "
             f"{eval_batch} streams and blocks of {eval_block}, from an empty memory."
         )
+    notes.append("Times are those of the runs themselves, which may have shared their machine with other work.")
     simplified = dict.fromkeys(note for texts in runs["simplifications"] for note in texts)
     notes += [f"Simplified: {note}." for note in simplified]
     if choices := our_choices(runs["folder"]):

@@ -1,6 +1,7 @@
 """The paper's tables by one command: what is missing is run, once; the paper's numbers stand beside ours."""
 
 import json
+import re
 import shutil
 from importlib.resources import files
 
@@ -258,8 +259,39 @@ def test_a_lower_error_is_the_better_one(tmp_path):
     assert choose(row, tried, "mini", tmp_path).row.overrides == tried[1].overrides
 
 
+def test_settings_that_two_tables_share_are_run_once():
+    figures = [read_table(name, "mini").rows for name in ("figure9", "figure10", "figure12", "figure13")]
+    assert len({row.preset for rows in figures for row in rows}) == 2
+    assert read_table("ablations", "mini").rows[0].preset == "table3_expire_span_64k"
+    assert all(row.seeds == (1,) for rows in figures for row in rows)
+
+
+def test_a_page_shows_what_the_rows_of_a_figure_remember(tmp_path):
+    shown = {"text": "the end", "replacements": {"end": "beginning"}, "span_cap": {"mini": 2}, "loss_tokens": 64}
+    rows = [Row(f"settings/{number}", title, (), {}, (1,)) for number, title in enumerate(("with", "without"))]
+    figure = Table("figure9", "Figure 9", ["test/bpb"], rows, page=shown)
+    (tmp_path / "text.txt").write_text("the end of the beginning. " * 400)
+    write_table(figure, "mini", tmp_path / "runs", tmp_path / "out")
+    assert not (tmp_path / "out/figure9.html").exists()  # the runs are missing
+    for row in rows:
+        folder = tmp_path / "runs/mini" / row.preset / "seed1"
+        folder.mkdir(parents=True)
+        config = tiny_config("train.updates=2", task="text", text=tmp_path / "text.txt")
+        train(config, folder, config_files=ConfigFiles(config, {}, []).texts())
+    write_table(figure, "mini", tmp_path / "runs", tmp_path / "out")
+    html = (tmp_path / "out/figure9.html").read_text()
+    assert "expire-span-paper figure9" in html
+    data = json.loads(re.search(r"<script[^>]*>(.*?)</script>", html, re.DOTALL)[1])
+    assert ["".join(text["tokens"]) for text in data["texts"]] == ["the end", "the beginning"]
+    assert data["span_cap"] == 2
+    assert [curve["name"] for curve in data["curves"]["runs"]] == ["with", "without"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"figure9.{ending}" for ending in ("csv", "html", "md", "png", "txt")
+    ]
+
+
 def test_a_table_that_needs_data_of_the_user_says_so(monkeypatch):
-    content = {"title": "t", "metrics": ["test/bpb"], "task": "text", "given": ["task.path"]}
+    content = {"title": "t", "metrics": ["test/bpb"], "task": "text", "given": {"mini": ["task.path"]}}
     content["curves"] = {"mini": {"trans_xl": {"memory.max_span": [8]}}}
     monkeypatch.setattr("expire_span.paper_tables.table_content", lambda name: yaml.safe_load(yaml.safe_dump(content)))
     with pytest.raises(ValueError, match="table1 needs task.path=..., which names your data"):
@@ -274,8 +306,8 @@ def test_a_table_that_needs_data_of_the_user_says_so(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tabel3"], "there is no tabel3; there are ablations, figure11,"),
-        (["size=mini"], "name a table: ablations, figure11,"),
+        (["tabel3"], "there is no tabel3; there are ablations, figure10,"),
+        (["size=mini"], "name a table: ablations, figure10,"),
         (["table1", "size=tiny"], "size must be one of mini, paper, got tiny"),
         (["table1", "memory.alpha=1"], "memory.alpha belongs to the presets of the table"),
         (["table1", "--seeds=one"], "--seeds must be numbers with commas between them, as in 1,2,3, got one"),

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -40,7 +41,10 @@ from expire_span.paper_tuning import SEED, Choice, choose, describe, points
 from ..config.overrides import is_override, parse, quote
 from ..errors import exit_with_message
 from ..run_folder.config_files import load_config
-from ..run_folder.files import read_metrics
+from ..run_folder.files import read_metrics, write_atomically
+from ..spans.describe import Request, describe_runs
+from ..spans.page import page
+from ..spans.picture import draw_spans
 from ..stop_signals import Stopped, heeded_signals
 
 FREE = ("hydra", "run", "wandb")  # sections that change no result
@@ -210,8 +214,28 @@ def write_table(table: Table, size: str, runs: Path, out: Path, tuning: str = ""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{table.name}.md").write_text(text, encoding="utf-8")
     csv_rows(lines, runs).to_csv(out / f"{table.name}.csv", index=False)
-    draw(table, size, lines, [out / f"{table.name}.{ending}" for ending in ("svg", "png")])
+    if table.page is None:
+        draw(table, size, lines, [out / f"{table.name}.{ending}" for ending in ("svg", "png")])
+    else:
+        write_page(table.page, table, size, runs, out)
     return text
+
+
+def write_page(settings: Mapping[str, Any], table: Table, size: str, runs: Path, out: Path) -> None:
+    """Write NAME.html and .png: what the first seed of each row remembers of a text; nothing without these runs."""
+    folders = [runs / size / row.preset / f"seed{row.seeds[0]}" for row in table.rows]
+    if not all(map(is_finished, folders)):
+        return
+    options = {key: value.get(size) if key == "span_cap" else value for key, value in settings.items()}
+    if "text" in options:
+        (out / f"{table.name}.txt").write_text(options["text"], encoding="utf-8")
+        options["text"] = out / f"{table.name}.txt"
+    data = describe_runs(Request(folders, **options | {"replacements": list(options.get("replacements", {}).items())}))
+    if data["curves"]:
+        for curve, row in zip(data["curves"]["runs"], table.rows, strict=True):
+            curve["name"] = row.title
+    write_atomically(out / f"{table.name}.html", page(data | {"command": f"expire-span-paper {table.name}"}).encode())
+    draw_spans(data, out / f"{table.name}.png")
 
 
 def make(options: argparse.Namespace) -> None:
