@@ -40,9 +40,11 @@ class MicroBatches:
         self.copies = copy_stream(device) if offload and device.type == "cuda" and len(self.rows) > 1 else None
         self.ahead: dict[int, State] = {}  # copied to the device before its turn
         self.states: list[State] = [{}] * len(self.rows)
+        self.num_held = self.num_layer_streams = 0  # of all states that were set since `pop_held`
         self.finite: dict[int, Tensor] = {}  # of those that are offloaded: found out before they left the device
         for index, rows in enumerate(self.rows):
             self[index] = model.initial_state(rows.stop - rows.start)
+        self.pop_held()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -64,6 +66,8 @@ class MicroBatches:
         return state
 
     def __setitem__(self, index: int, state: State) -> None:
+        self.num_held += sum(len(memory.time) for memory in state["layers"])
+        self.num_layer_streams += len(state["layers"]) * (self.rows[index].stop - self.rows[index].start)
         if self.copies is None:
             self.states[index] = state
             return
@@ -88,6 +92,12 @@ class MicroBatches:
 
         with torch.cuda.stream(self.copies):
             return state | {"layers": [moved(memory, to_device) for memory in state["layers"]]}
+
+    def pop_held(self) -> float | None:
+        """The memories that a layer held for a stream, the mean over blocks since the last call (None: no block)."""
+        held = self.num_held / self.num_layer_streams if self.num_layer_streams else None
+        self.num_held = self.num_layer_streams = 0
+        return held
 
     def are_finite(self) -> list[Tensor]:
         """Whether the memories of each micro-batch are, as scalars."""

@@ -137,8 +137,10 @@ def train_step(trainer: Trainer) -> None:
     config, model, optimizer, objective = trainer.config, trainer.model, trainer.optimizer, trainer.objective
     start = trainer.timer.now()
     model.train()
-    set_lr(optimizer, lr_multiplier(trainer.update, config.train.updates, config.lr_schedule))
-    span_loss_scale = alpha_multiplier(trainer.update, config.alpha_schedule)
+    lr_scale = lr_multiplier(trainer.update, config.train.updates, config.lr_schedule)
+    set_lr(optimizer, lr_scale)
+    scheduled = alpha_multiplier(trainer.update, config.alpha_schedule)
+    span_loss_scale = scheduled * (trainer.budget.scale if trainer.budget else 1.0)
     progress = trainer.update / config.train.updates
     for _ in range(config.train.grad_accumulation):
         block = objective.next_block(trainer.forward, trainer.states)
@@ -148,10 +150,15 @@ def train_step(trainer: Trainer) -> None:
     ranks.sum_gradients(model.parameters())
     grad_norm = clip_grad_norm_(model.parameters(), config.train.grad_clip or math.inf)
     averaged = {"train/grad_norm": grad_norm, "train/lr": optimizer.param_groups[0]["lr"]}
+    if "alpha" in config.model:
+        averaged["train/alpha"] = config.model.alpha * span_loss_scale
     trainer.averager.add_share(averaged, 1 / ranks.world_size())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     trainer.update += 1
+    held = trainer.states.pop_held()  # None where a rollout is learned from once more
+    if trainer.budget and scheduled and held is not None:
+        trainer.budget.step(ranks.sum_numbers([held])[0] / ranks.world_size(), lr_scale)
     if trainer.update % config.train.curriculum_interval == 0:
         objective.advance_curriculum()
     trainer.timer.add("update", start)

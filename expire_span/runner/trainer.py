@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .build import build_model, build_optimizer, setup_runtime
 from .logging.answer_metrics import check_metrics
 from .logging.metrics import MetricAverager, Metrics
 from .logging.performance import StepTimer
+from .memory_budget import MemoryBudget
 from .micro_batches import moved, resolve_micro_batch_size, training_states
 from .objectives import objective_class
 from .run_folder import checkpoint, weights
@@ -55,6 +57,8 @@ class Trainer:
         self.streams = ranks.own_streams(config.train.batch_size, "train.batch_size")
         resolve_micro_batch_size(config, self.task, self.device, self.streams.stop - self.streams.start)
         self.states = training_states(self.model, config, self.streams.stop - self.streams.start)
+        budget = config.memory.get("budget")  # folders of earlier runs do not have it
+        self.budget = None if budget is None else MemoryBudget(budget)
         self.update = 0  # updates done
         self.run_id = uuid.uuid4().hex[:8]  # of the W&B run
         self.changes: list[dict[str, Any]] = []  # of the config, since the run began
@@ -89,6 +93,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(),
             "task": self.task.state_dict(),
+            "memory_budget": self.budget and asdict(self.budget),
             "step": self.states.wait()[0]["step"],
             "metrics": self.averager.values(),
             "num_ranks": ranks.world_size(),
@@ -205,6 +210,8 @@ class Trainer:
         self.task.load_state_dict(content["task"])
         self.restore_memories(content["step"].to(self.device), [saved for part in parts for saved in part["memories"]])
         self.averager.load_values(content["metrics"])
+        if self.budget:
+            self.budget = MemoryBudget(**content["memory_budget"])
         if content["num_ranks"] != ranks.world_size():
             self.seed_dropout()
             return
@@ -224,6 +231,7 @@ class Trainer:
                 check_memories(layers, len(self.states[index]["layers"]), own, self.config.transformer.hidden_size)
                 layers = [moved(memory, lambda tensor: tensor.to(self.device)) for memory in layers]
             self.states[index] = {"step": step, "layers": [with_max_age(memory, step) for memory in layers]}
+        self.states.pop_held()  # counts those of training blocks only
 
     def check_finite(self) -> None:
         """Raises ValueError, naming the update, if the training has diverged, see `diverged`."""

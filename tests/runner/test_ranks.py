@@ -29,6 +29,8 @@ EXTRA = {
     "instruction": ["train.grad_accumulation=2"],
     "corridor": ["actor_critic.update_epochs=2", "eval.max_blocks=1", "eval.interval=4"],
 }
+BUDGET = ["memory.budget=9", "model.ramp=8", "alpha_schedule.start_update=0", "alpha_schedule.warmup_updates=0"]
+BUDGETS = {"expire_span": BUDGET, "adaptive_span": BUDGET}
 TASKS = ["text", "copy", "instruction", "corridor"]
 PAIRS = [  # every task and every model once; the others, in several processes, are slow tests
     ("text", "compressive"),
@@ -48,7 +50,7 @@ def whole_batch(tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"{task}-{model}")
             text = folder / "text.txt"
             text.write_text("".join(f"{number} bottles of beer on the wall. " for number in range(300)))
-            overrides = [*SHARED, f"model={model}", *EXTRA.get(task, [])]
+            overrides = [*SHARED, f"model={model}", *EXTRA.get(task, []), *BUDGETS.get(model, [])]
             (folder / "run").mkdir()
             runs[task, model] = (overrides, text), folder / "run"
             train(tiny_config(*overrides, task=task, text=text), folder / "run")

@@ -47,6 +47,7 @@ class MemoryConfig:
     init_span_ratio: float
     num_positions: int
     random_drop: bool
+    budget: float | None = None  # folders of earlier runs do not have it
 
 
 @dataclass
@@ -197,7 +198,7 @@ BOUNDS = {  # the smallest and the largest value
     "run.num_threads": (1, 1024),
     "run.rank_timeout": (0, 1e6),
 }
-POSITIVE = ("memory.ramp", "train.grad_clip", "actor_critic.clip_coef", "run.rank_timeout")  # above 0
+POSITIVE = ("memory.ramp", "memory.budget", "train.grad_clip", "actor_critic.clip_coef", "run.rank_timeout")  # above 0
 BASE_CLASSES = {"task": (Task, RLTask), "model": (Mechanism,), "optimizer": (Optimizer,)}
 
 
@@ -274,6 +275,7 @@ def check_values(config: DictConfig) -> None:
     for key in ("hidden_size", "num_heads"):
         if config.model.get(key, config.transformer[key]) != config.transformer[key]:
             raise ValueError(f"model.{key}={config.model[key]} must be transformer.{key}={config.transformer[key]}")
+    check_budget(config)
     schedule, updates = config.lr_schedule, config.train.updates
     if schedule.final_updates and schedule.warmup_updates + schedule.final_updates > updates:
         raise ValueError(
@@ -282,6 +284,23 @@ def check_values(config: DictConfig) -> None:
             "whole; for a short trial add lr_schedule.final_updates=0"
         )
     check_trackers(config)
+
+
+def check_budget(config: DictConfig) -> None:
+    """Raises ValueError for a memory budget of a model whose memory is fixed, or one that no alpha could reach."""
+    budget, model = config.memory.get("budget"), config.model
+    if budget is None:
+        return
+    if "alpha" not in model:
+        kind = model["_target_"].rpartition(".")[2]
+        raise ValueError(f"memory.budget={budget:g} moves alpha, which {kind} does not have: its memory is fixed")
+    if not model.alpha:
+        raise ValueError(f"memory.budget={budget:g} needs a model.alpha above 0 to begin with, got {model.alpha}")
+    if budget <= model.get("ramp", 0):
+        raise ValueError(
+            f"memory.budget={budget:g} must be above model.ramp={model.ramp:g}: even with a span of 0 a memory takes "
+            "as many timesteps to fade"
+        )
 
 
 def converted_section(config: DictConfig, name: str, schema: type) -> DictConfig:
