@@ -1,5 +1,6 @@
 """W&B mirrors a run, and no run depends on it."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -69,9 +70,10 @@ def test_an_offline_run_is_kept_for_a_later_sync_under_its_own_id(tmp_path, monk
     assert [row["update"] for row in rows if "spans/layer_1" in row] == [2, 4]
     kinds = {name: rows[-1][name]["_type"] for name in ("test/spans", "test/accuracy_by_distance")}
     assert kinds == {"test/spans": "image-file", "test/accuracy_by_distance": "table-file"}
+    assert json.loads((path.parent / "files/summary.json").read_text())["finished"]  # for expire-span-paper
     [model] = [record.artifact for record in wandb_records(path) if record.artifact.type == "model"]
     assert set(model.aliases) == {"best", "latest"}
-    assert {file.path for file in model.manifest.contents} == {"best.safetensors", "summary.json"}
+    assert {file.path for file in model.manifest.contents} == {"best.safetensors", "summary.json", "vocab.json"}
 
 
 def test_after_a_kill_wandb_gets_every_row_that_it_lacks(tmp_path, monkeypatch):

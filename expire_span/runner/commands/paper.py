@@ -40,6 +40,7 @@ from expire_span.paper_tuning import SEED, Choice, choose, describe, points
 
 from ..config.overrides import is_override, parse, quote
 from ..errors import exit_with_message
+from ..logging.wandb_runs import fetch_summaries
 from ..run_folder.config_files import load_config
 from ..run_folder.files import read_metrics, write_atomically
 from ..spans.describe import Request, describe_runs
@@ -192,8 +193,19 @@ def distinct_rows(tables: Sequence[Table]) -> list[Row]:
     return list({row.preset: row for table in tables for row in table.rows}.values())
 
 
-def run_missing(rows: Sequence[Row], size: str, runs: Path, overrides: Sequence[str]) -> bool:
-    """Run what is missing of these rows; returns whether all of it was run."""
+def obtain(
+    rows: Sequence[Row], size: str, runs: Path, overrides: Sequence[str], from_wandb: str | None, no_launch: bool
+) -> bool:
+    """Fetch and run what is missing of these rows; returns whether all that was run has finished."""
+    if from_wandb is not None:
+        wanted = {
+            (preset_name(row.preset, size), seed): runs / size / row.preset / f"seed{seed}"
+            for row in rows
+            for seed in missing_seeds(row, size, runs)
+        }
+        print(f"{fetch_summaries(from_wandb, wanted)} of {len(wanted)} missing runs are in W&B", flush=True)
+    if no_launch:
+        return True
     commands, progress = sweeps(rows, size, runs, overrides), Progress(rows, size, runs)
     if commands:
         print(progress, flush=True)
@@ -266,11 +278,10 @@ def make(options: argparse.Namespace) -> None:
         return
     is_complete, choices = True, {}
     if options.tune:
-        is_complete = options.no_launch or run_missing(of_tuning, size, runs, overrides)
+        is_complete = obtain(of_tuning, size, runs, overrides, options.from_wandb, options.no_launch)
         choices = {row.preset: choose(row, tried[row.preset], size, runs) for row in rows}
         out, rows = out / "tuned", [choice.row for choice in choices.values()]
-    if not options.no_launch:
-        is_complete = run_missing(rows, size, runs, overrides) and is_complete
+    is_complete = obtain(rows, size, runs, overrides, options.from_wandb, options.no_launch) and is_complete
     for table in tables:
         own = [choices[row.preset] for row in table.rows] if options.tune else []
         table = tuned_table(table, choices) if options.tune else table
@@ -308,6 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--tune", action="store_true", help="choose learning rate and one key of each model first (conf/tuning)")
     add("--runs", type=Path, default=Path("runs/paper"), help="folder of the runs (default runs/paper)")
     add("--out", type=Path, default=Path("results"), help="tables are written into OUT/SIZE (default results)")
+    add("--from-wandb", metavar="ENTITY/PROJECT", help="take missing runs from W&B, where this command has made them")
     add("--no-launch", action="store_true", help="write the tables from the runs that there are")
     add("--dry-run", action="store_true", help="print the commands that would be run, and do nothing")
     options = parser.parse_intermixed_args(arguments)

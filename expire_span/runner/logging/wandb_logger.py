@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -104,9 +105,12 @@ def wandb_logger(
         raise
     try:
         if job_type is None:
+            if (folder / "summary.json").is_file() and not (folder / "summary.json").is_symlink():
+                copy = shutil.copy(folder / "summary.json", run.dir)  # of a file elsewhere W&B makes a link, and warns
+                run.save(copy, base_path=run.dir, policy="now")  # for `fetch_summaries`
             upload_model(run, config, folder)
     except Exception as error:
-        log.warning("W&B did not get the model (%s); it is in %s", error, folder)
+        log.warning("W&B did not get the summary or the model (%s); they are in %s", error, folder)
     run.finish(exit_code=0)
 
 
