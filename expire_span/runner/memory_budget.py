@@ -10,9 +10,9 @@ The paper weighs the span loss by a fixed alpha, and what is then held differs b
 
 Spans shrink within tens of updates, but they grow only as fast as the task finds a use for them. So a fall is braked
 ahead of time, and 5 % below the budget alpha is 0: a budget is an upper bound, and nothing makes spans reach it.
-Here p_t and e_t are kept within [-1, 0.5], and exp(z_t) within a factor of 100, so that z_t does not run off while
-spans cannot follow, as long as a curriculum's episodes are short. The three terms are those of Stooke et al. 2020,
-"Responsive Safety in Reinforcement Learning by PID Lagrangian Methods".
+Here p_t and e_t are kept within [-1, 0.5], and exp(z_t) within a factor of 100. While e does not change at all, no
+memory is on its ramp, as where a curriculum's episodes are still short: alpha acts on nothing, and z_t stands still.
+The three terms are those of Stooke et al. 2020, Responsive Safety in Reinforcement Learning by PID Lagrangian Methods.
 """
 
 import math
@@ -23,6 +23,7 @@ RATE, FALL = 0.04, 3  # of z_t, per update; how much faster it falls
 FAST, SLOW = 2, 8  # updates: horizons of the moving averages of e, whose difference is 6 times its change per update
 BRAKE = 4  # times that difference
 LOWEST, HIGHEST = -1.0, 0.5  # of p_t and e_t
+STILL = 1e-6  # of e: a smaller change is none
 LIMIT = math.log(100)  # of z_t
 
 
@@ -57,10 +58,12 @@ class MemoryBudget:
         error = math.log(max(held, 1e-9) / self.budget)
         if self.fast is None:
             self.fast = self.slow = error
+        has_grip = abs(error - self.fast) > STILL
         self.fast += (error - self.fast) / FAST
         self.slow += (error - self.slow) / SLOW
-        rate = RATE * lr_multiplier * (1 if self.fast > 0 else FALL)
-        self.z = clamp(self.z + rate * clamp(self.fast, LOWEST, HIGHEST), -LIMIT, LIMIT)
+        if has_grip:
+            rate = RATE * lr_multiplier * (1 if self.fast > 0 else FALL)
+            self.z = clamp(self.z + rate * clamp(self.fast, LOWEST, HIGHEST), -LIMIT, LIMIT)
 
 
 def clamp(value: float, lowest: float, highest: float) -> float:
