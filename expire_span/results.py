@@ -20,12 +20,11 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from .runner.run_folder.files import check_regular, read_metrics, read_summary
-from .runner.run_folder.summary import FORMAT
+from .runner.run_folder.summary import FORMAT, NO_SETTINGS
 
 REQUIRED = {"format", "task", "model", "metric", "finished", "metrics", "protocol"}
 RUN_COLUMNS = ["folder", "task", "model", "metric", "seed", "finished", "problem", "commit", "dirty", "started"]
 RUN_COLUMNS += ["simplifications"]
-NO_SETTINGS = ("wandb", "tracker", "hydra", "paper", "simplified")  # sections of the config that change no metric
 
 
 def load_runs(*folders: str | Path) -> pd.DataFrame:
@@ -148,11 +147,11 @@ def _last_update(folder: Path) -> str:
 
 
 def _read_config(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """The config of the summary, or else of .hydra, without NO_SETTINGS."""
+    """The config of the summary, or else of .hydra, without NO_SETTINGS and the section of Hydra."""
     if summary.get("config"):
         return {key: value for key, value in summary["config"].items() if key not in NO_SETTINGS}
     config = cast(DictConfig, OmegaConf.load(folder / ".hydra/config.yaml"))
-    for key in NO_SETTINGS:
+    for key in (*NO_SETTINGS, "hydra"):
         config.pop(key, None)  # before resolving: these refer to a running Hydra
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 

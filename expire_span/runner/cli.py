@@ -40,6 +40,7 @@ from .errors import USER_ERRORS, exit_with_message, one_line, root_cause
 from .evaluate import evaluate_run
 from .logging.metrics import Metrics
 from .logging.wandb_logger import MAX_TAG_LENGTH, default_group
+from .milestones import is_plain_recipe
 from .output import keep_running_without_output
 from .preemption import requeue_after_saving
 from .ranks import is_reporter
@@ -213,6 +214,8 @@ def run_job(config: DictConfig) -> Metrics:
         return resume_job(folder, [text.lstrip("+") for text in overrides if not text.startswith("resume=")])
     check_recipe(overrides, config_folders())
     config = validate(config)
+    if not is_plain_recipe(overrides):
+        config.milestones = {}
     if (folder.parent / "multirun.yaml").exists():  # written by Hydra for a sweep
         config.wandb.tags = [*config.wandb.tags, folder.parent.name[:MAX_TAG_LENGTH]]
     hydra_node: Any = OmegaConf.to_container(hydra_config, resolve=False, enum_to_str=True)
@@ -228,6 +231,8 @@ def resume_job(folder: Path, overrides: list[str]) -> Metrics:
     apply_overrides(files.config, overrides, "resume", MAY_CHANGE_IN_RESUME)
     config = validate(files.config)
     overrides = merge_overrides(files.overrides, overrides)
+    if not is_plain_recipe(overrides):
+        config.milestones = {}
     files = ConfigFiles(config, files.hydra, overrides)
     with lock_by_main(folder, config):
         command = ["expire-span", *overrides]

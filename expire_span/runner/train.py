@@ -22,6 +22,7 @@ from .logging.profiler import profiler
 from .logging.throughput import throughput
 from .logging.trackers import check_installed, trackers
 from .lr_schedule import alpha_multiplier, lr_multiplier, set_lr
+from .milestones import expectation, far_behind
 from .run_folder import checkpoint
 from .run_folder.files import (
     WriteError,
@@ -82,6 +83,8 @@ def train(
             f"{'resuming' if resumed else 'training'} in {folder}: {num_parameters:,} parameters, on {trainer.device}, "
             f"updates {trainer.update} to {config.train.updates}"
         )
+        if expected := expectation(config, trainer.task):
+            log.info(expected)
         with metric_logger(trainer) as log_metrics, trainer.writing_checkpoints():
             ranks.wait_for_all()  # for rank 0 to reach the trackers
             profiled = config.run.profile and ranks.is_main()
@@ -102,7 +105,8 @@ def train(
             task, model, objective = trainer.task, trainer.model, trainer.objective
             summary = run_summary(config, task, model, trainer.device, trainer.update, objective.blocks, metrics)
             if ranks.is_main():
-                write_summary(folder, summary | origin | {"changes": trainer.changes})
+                behind = far_behind(config, task, read_metrics(folder / "metrics.jsonl"))
+                write_summary(folder, summary | origin | {"changes": trainer.changes, "far_behind": behind})
             log_metrics({}, lambda: final_media(model, task, config, trainer.device, metrics))
     return metrics
 
@@ -210,6 +214,7 @@ def metric_logger(trainer: Trainer) -> Iterator[Callable[..., None]]:
     progress_bar = tqdm(total=config.train.updates, initial=trainer.update, disable=disable)
     path = folder / "metrics.jsonl"
     earlier_rows = read_metrics(path) if path.exists() else []
+    rows = [*earlier_rows]
     metric = trainer.task.metric
     with trackers(config, folder, trainer.run_id, metric, trainer.update, earlier_rows) as log_row, progress_bar:
 
@@ -220,6 +225,10 @@ def metric_logger(trainer: Trainer) -> Iterator[Callable[..., None]]:
                 return
             append_metrics(path, row)
             log_row(row, make_media)
+            previous = rows[-1]["update"] if rows else 0
+            rows.append(row)
+            for message in far_behind(config, trainer.task, rows, since=previous):
+                log.warning(message)
             names = [name for name in row if name.endswith(f"/{metric}")]
             names += [name for name in shown if name in row]
             text = ", ".join(f"{name} {row[name]:.4g}" for name in names)

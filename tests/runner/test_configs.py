@@ -80,7 +80,7 @@ def test_every_row_of_the_papers_tables_has_an_experiment():
 
 def dotted_keys(node, prefix=""):
     for key, value in sorted(node.items()):
-        yield from dotted_keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + key]
+        yield from dotted_keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
 
 
 def test_the_keys_of_the_config_are_those_written_down():

@@ -35,6 +35,7 @@ class TopLevel:
     paper: dict[str, float]
     simplified: dict[str, str]
     tracker: Any = "wandb"  # or a list; folders of earlier runs do not have it
+    milestones: dict[int, float] = field(default_factory=dict)  # folders of earlier runs do not have it
 
 
 @dataclass

@@ -25,7 +25,7 @@ THROUGHOUT = re.compile(r"^# (\([cr]\)) throughout", re.MULTILINE)
 AT_END_OF_LINE = re.compile(r" # (\([cr]\))")
 # Sections and keys that say how the program runs, or what is compared
 NO_SOURCE = (
-    *("defaults", "hydra", "paper", "simplified", "run", "wandb", "tracker", "seed", "evaluate"),
+    *("defaults", "hydra", "paper", "simplified", "milestones", "run", "wandb", "tracker", "seed", "evaluate"),
     *("task._target_", "task.seed", "model._target_"),
 )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from expire_span.tasks.base import LOWER_IS_BETTER
 
 from ..run_folder import weights
+from ..run_folder.summary import NO_SETTINGS
 from .media import Media, Table
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def check_wandb(config: DictConfig) -> None:
 def default_group(config: DictConfig) -> str:
     """A name for the runs that differ in nothing but the seed, over which W&B averages those of one group."""
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    for key in ("seed", "run", "wandb", "tracker", "evaluate", "resume", "paper", "simplified"):  # not of the training
+    for key in (*NO_SETTINGS, "seed", "run", "evaluate", "resume"):
         plain.pop(key, None)
     plain["train"]["micro_batch_size"] = None  # changes no result, and auto is another number on each machine
     plain["task"].pop("seed", None)

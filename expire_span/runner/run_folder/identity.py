@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "resume",
     "paper",
     "simplified",
+    "milestones",
 )
 NOT_IN_RUN = ("run.precision",)  # of the section `run`, these may not
 # Keys that resume=RUN may change on purpose, for example after the training has diverged.

@@ -9,6 +9,7 @@ from ...kernels.dispatch import select_backend
 from ...transformer import Transformer
 from ..logging.metrics import Metrics
 
+NO_SETTINGS = ("wandb", "tracker", "paper", "simplified", "milestones")  # sections of the config that change no metric
 FORMAT = 2  # 1, without this key, was written by versions before 0.2, which had other names
 
 
@@ -49,7 +50,5 @@ def run_summary(
             "precision": config.run.precision,
             "attention_backend": select_backend(model.config.attention_backend, device.type, model.position.dtype),
         },
-        "config": {
-            key: value for key, value in plain_config.items() if key not in ("wandb", "tracker", "paper", "simplified")
-        },
+        "config": {key: value for key, value in plain_config.items() if key not in NO_SETTINGS},
     }
