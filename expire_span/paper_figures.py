@@ -17,6 +17,7 @@ def draw(table: Table, size: str, lines: Sequence[Line], paths: Sequence[Path]) 
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "expire-span"  # and no date: the same runs give the same file
     import matplotlib.pyplot as plt
 
     shown = [line for line in lines if table.metrics[0] in line.row.paper or not line.row.paper]
@@ -27,7 +28,7 @@ def draw(table: Table, size: str, lines: Sequence[Line], paths: Sequence[Path]) 
     if axis.get_legend_handles_labels()[1]:
         figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     for path in paths:
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
 

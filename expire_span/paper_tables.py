@@ -25,6 +25,7 @@ from .runner.run_folder.files import read_summary
 CONF = files("expire_span.conf")
 SIZES = ("mini", "paper")
 SEEDS = (1, 2, 3)  # of a row whose table says nothing else
+PATHS = ("task.path", "task.data_dir")  # keys of the config that say where data lies on one machine
 COSTS = {  # columns beside the results, by metric
     "memory/held": "memories held",
     "memory/bytes": "bytes of a stream",
@@ -269,7 +270,10 @@ def provenance_notes(lines: Sequence[Line]) -> list[str]:
     for (device, precision, commit), group in by:
         first, last = (f"{time:%Y-%m-%d}" for time in (group["started"].min(), group["started"].max()))
         when = first if first == last else f"{first} to {last}"
-        notes.append(f"{len(group)} runs on {device}, {precision}, commit {str(commit)[:10]}, {when}.")
+        notes.append(
+            f"{len(group)} {'run' if len(group) == 1 else 'runs'} on {device}, {precision}, "
+            f"commit {str(commit)[:10]}, {when}."
+        )
     names = ("batch_size", "block_size", "eval_batch_size", "eval_block_size")
     for sizes, group in runs.groupby([f"protocol.{name}" for name in names], dropna=False):
         batch, block, eval_batch, eval_block = map(format_number, sizes)
@@ -291,7 +295,8 @@ def our_choices(folders: Iterable[str]) -> str:
     values: dict[str, dict[str, None]] = {}
     for folder in folders:
         for key, value in (read_summary(Path(folder)).get("value_sources") or {}).get("our choice", {}).items():
-            values.setdefault(key, {})[str(value)] = None
+            if key not in PATHS:
+                values.setdefault(key, {})[str(value)] = None
     return ", ".join(f"{key} {' or '.join(several)}" for key, several in sorted(values.items()))
 
 
@@ -301,7 +306,9 @@ def csv_rows(lines: Sequence[Line], runs_folder: Path) -> pd.DataFrame:
     for line in lines:
         paper = {f"paper: {name}": number for name, number in line.row.paper.items()}
         named = {"preset": line.row.preset, "row": line.row.title} | paper
-        runs = line.runs.drop(columns=[*named, "problem", "simplifications"], errors="ignore").reset_index(drop=True)
+        runs = line.runs.drop(columns=[*named, *PATHS, "problem", "simplifications"], errors="ignore").reset_index(
+            drop=True
+        )
         if len(runs):
             runs["folder"] = [str(Path(folder).relative_to(runs_folder)) for folder in runs["folder"]]
         frames.append(pd.DataFrame(named, index=runs.index).join(runs) if len(runs) else pd.DataFrame([named]))

@@ -278,7 +278,10 @@ def test_a_page_shows_what_the_rows_of_a_figure_remember(tmp_path):
         folder.mkdir(parents=True)
         config = tiny_config("train.updates=2", task="text", text=tmp_path / "text.txt")
         train(config, folder, config_files=ConfigFiles(config, {}, []).texts())
-    write_table(figure, "mini", tmp_path / "runs", tmp_path / "out")
+    text = write_table(figure, "mini", tmp_path / "runs", tmp_path / "out")
+    assert "Mean span by kind of token, in timesteps (with, seed 1, figure9.txt):" in text
+    assert (tmp_path / "out/figure9.md").read_text() == text
+    assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "out").glob("*.[mc]*"))  # no one's paths
     html = (tmp_path / "out/figure9.html").read_text()
     assert "expire-span-paper figure9" in html
     data = json.loads(re.search(r"<script[^>]*>(.*?)</script>", html, re.DOTALL)[1])

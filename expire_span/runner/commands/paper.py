@@ -7,6 +7,7 @@ OUT/claims.md                the paper's claims, judged from those tables: `expi
 """
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -18,11 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from expire_span.paper_claims import judge
 from expire_span.paper_figures import draw
 from expire_span.paper_tables import (
+    PATHS,
     SIZES,
     Row,
     Table,
@@ -47,9 +50,9 @@ from ..spans.describe import Request, describe_runs
 from ..spans.page import page
 from ..spans.picture import draw_spans
 from ..stop_signals import Stopped, heeded_signals
+from .report import format_number
 
 FREE = ("hydra", "run", "wandb")  # sections that change no result
-DATA = ("task.path", "task.data_dir")  # where data lies
 CLAIMS = "claims"  # stands for the page that judges the paper's claims from the tables in OUT
 SUBFOLDER = "hydra.sweep.subdir='{size}${{hydra:runtime.choices.experiment}}/seed${{seed}}'"
 HEADER = """# @package _global_
@@ -150,10 +153,10 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """Raises ValueError for one that would change a result: a table's settings are those of its presets."""
     for override in map(parse, overrides):
         key = override.key_or_group
-        if key not in ("size", "tracker", *DATA) and key.split(".")[0].split("/")[0] not in FREE:
+        if key not in ("size", "tracker", *PATHS) and key.split(".")[0].split("/")[0] not in FREE:
             raise ValueError(
                 f"{key} belongs to the presets of the table, which must not differ; run a variant with "
-                f"expire-span experiment=PRESET {key}=..., or set tracker, {', '.join(DATA)}, or one of "
+                f"expire-span experiment=PRESET {key}=..., or set tracker, {', '.join(PATHS)}, or one of "
                 f"{', '.join(f'{section}.*' for section in FREE)}"
             )
 
@@ -220,34 +223,51 @@ def tuned_table(table: Table, choices: Mapping[str, Choice]) -> Table:
 
 
 def write_table(table: Table, size: str, runs: Path, out: Path, tuning: str = "") -> str:
-    """Write NAME.md, .csv, .svg and .png, and return the Markdown."""
+    """Write NAME.md, .csv, .svg and .png, or .html for a page, and return the Markdown."""
     lines, left_out = read_lines(table, size, runs)
     text = markdown(table, size, lines, left_out, tuning)
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{table.name}.md").write_text(text, encoding="utf-8")
-    csv_rows(lines, runs).to_csv(out / f"{table.name}.csv", index=False)
     if table.page is None:
         draw(table, size, lines, [out / f"{table.name}.{ending}" for ending in ("svg", "png")])
     else:
-        write_page(table.page, table, size, runs, out)
+        text += write_page(table.page, table, size, runs, out)
+    (out / f"{table.name}.md").write_text(text, encoding="utf-8")
+    csv_rows(lines, runs).to_csv(out / f"{table.name}.csv", index=False)
     return text
 
 
-def write_page(settings: Mapping[str, Any], table: Table, size: str, runs: Path, out: Path) -> None:
-    """Write NAME.html and .png: what the first seed of each row remembers of a text; nothing without these runs."""
+def write_page(settings: Mapping[str, Any], table: Table, size: str, runs: Path, out: Path) -> str:
+    """Write NAME.html and .png: what the first seed of each row remembers of a text; nothing without these runs.
+
+    Returns:
+        In Markdown, the mean span of each kind of token in each layer of the first row.
+    """
     folders = [runs / size / row.preset / f"seed{row.seeds[0]}" for row in table.rows]
     if not all(map(is_finished, folders)):
-        return
+        return ""
     options = {key: value.get(size) if key == "span_cap" else value for key, value in settings.items()}
     if "text" in options:
         (out / f"{table.name}.txt").write_text(options["text"], encoding="utf-8")
         options["text"] = out / f"{table.name}.txt"
     data = describe_runs(Request(folders, **options | {"replacements": list(options.get("replacements", {}).items())}))
+    data |= {"run": table.rows[0].title, "command": f"expire-span-paper {table.name} size={size}"}
     if data["curves"]:
         for curve, row in zip(data["curves"]["runs"], table.rows, strict=True):
             curve["name"] = row.title
-    write_atomically(out / f"{table.name}.html", page(data | {"command": f"expire-span-paper {table.name}"}).encode())
+    write_atomically(out / f"{table.name}.html", page(data).encode())
     draw_spans(data, out / f"{table.name}.png")
+    columns = [
+        *(f"layer {layer}" for layer in range(len(data["layers"]))),
+        "loss, bits",
+        "more with capped spans, bits",
+    ]
+    rows = []
+    for group in data["texts"][0]["groups"]:
+        values = map(format_number, map(float, [math.nan if x is None else x for x in group["spans"] + group["bits"]]))
+        rows.append({"kind": group["name"], "number": group["count"]} | dict(zip(columns, values, strict=False)))
+    kinds = pd.DataFrame(rows).to_markdown(index=False, tablefmt="github", disable_numparse=True)
+    what = f"Mean span by kind of token, in timesteps ({data['run']}, seed {table.rows[0].seeds[0]}, {data['source']})"
+    return f"\n{what}:\n\n{kinds}\n"
 
 
 def make(options: argparse.Namespace) -> None:
@@ -266,8 +286,8 @@ def make(options: argparse.Namespace) -> None:
         raise ValueError(f"seed {SEED} is that of the tuning, which a table must not use")
     check_overrides(given)
     values = dict(text.split("=", 1) for text in given)
-    data = {key: quote(str(Path(values[key]).absolute())) for key in DATA if key in values}
-    overrides = [text for text in given if text.split("=")[0] not in ("size", *DATA)]
+    data = {key: quote(str(Path(values[key]).absolute())) for key in PATHS if key in values}
+    overrides = [text for text in given if text.split("=")[0] not in ("size", *PATHS)]
     tables, left_out = select_tables([name for name in names if name != CLAIMS], size, seeds, data)
     rows, runs, out = distinct_rows(tables), options.runs, options.out / size
     tried = {row.preset: points(row) for row in rows} if options.tune else {}
