@@ -3,12 +3,14 @@
 conf/claims.yaml has each claim with its checks, of one table each:
 
     {table: table1, better: Expire-Span 128k, than: Transformer-XL 2k}      two rows, by their titles
-    {table: figure6, no_better: Expire-Span 32k, than: Expire-Span 16k}     the second is not beaten by the first
+    {table: figure6, no_better: Expire-Span 32k, than: Expire-Span 16k, margin: 0.005}
     {table: figure7, at_equal_memory: expire_span, than: trans_xl}          two curves, by their models
     {table: figure5, with_less_memory: expire_span, than: trans_xl, margin: 0.05}
 
 The metric is the table's first one unless a check names another. Differences are of means over seeds, with Welch's 95 %
-interval: shown means that it lies wholly on the claimed side of 0, contradicted that it lies wholly on the other.
+interval: shown means that it lies wholly on the claimed side of 0, contradicted that it lies wholly on the other. Where
+a claim says that one is as good as the other, a margin takes the place of 0: that a difference is not seen, as with few
+seeds or wide intervals, shows nothing.
 """
 
 import itertools
@@ -22,7 +24,8 @@ from omegaconf import OmegaConf
 
 from expire_span.tasks.base import LOWER_IS_BETTER
 
-from .paper_tables import CONF, SIZES, head, measured, read_table, scaled, table_names
+from .paper_rows import CONF
+from .paper_tables import SIZES, head, measured, read_table, scaled, table_names
 from .runner.commands.report import format_number, format_seeds
 
 SHOWN, NOT_SHOWN, CONTRADICTED, NOT_RUN = "shown", "not shown", "contradicted", "not run"
@@ -44,6 +47,10 @@ class Sample(NamedTuple):
     variance: float  # of the mean
     degrees: float  # of freedom; 0: one seed
     seeds: int
+    planned: int  # seeds of its row, of which some may have failed
+
+    def __str__(self) -> str:
+        return f"{self.seeds} of {self.planned}" if self.seeds < self.planned else str(self.seeds)
 
 
 def table_runs(folder: Path, name: str) -> tuple[str, pd.DataFrame]:
@@ -55,13 +62,35 @@ def table_runs(folder: Path, name: str) -> tuple[str, pd.DataFrame]:
     for size in reversed(SIZES):
         for subfolder in ("tuned", ""):
             path = folder / size / subfolder / f"{name}.csv"
-            if path.is_file() and "model" in (runs := pd.read_csv(path)):
+            if path.is_file() and "model" in (runs := read_csv(path)):
                 return f"{size}{', tuned' if subfolder else ''}", runs[runs["model"].notna()]
     return "", pd.DataFrame({"row": [], "model": []})
 
 
+def read_csv(path: Path) -> pd.DataFrame:
+    """A table's runs. Raises ValueError for a damaged file."""
+    try:
+        return pd.read_csv(path, low_memory=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); the table's command writes it anew") from error
+
+
+def rows_of_one_setting(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The runs without those of rows that have runs of several settings, and the titles of these rows."""
+    if "line" not in runs:
+        return runs, []
+    is_mixed = runs.groupby("row")["line"].transform("nunique") > 1
+    return runs[~is_mixed], list(dict.fromkeys(runs["row"][is_mixed]))
+
+
 def judge(folder: Path) -> str:
-    """Judge all claims, and every row that has a number of the paper, from the tables below a folder; in Markdown."""
+    """Judge all claims, and every row that has a number of the paper, from the tables below a folder; in Markdown.
+
+    Raises:
+        ValueError: if there is no table at all.
+    """
+    if not any(table_runs(folder, name)[0] for name in table_names()):
+        raise ValueError(f"there are no tables in {folder}: make some first, as by expire-span-paper table1 size=mini")
     content: Any = OmegaConf.to_container(OmegaConf.create((CONF / "claims.yaml").read_text()))
     verdicts, details = [], []
     for number, claim in enumerate(content, 1):
@@ -69,20 +98,23 @@ def judge(folder: Path) -> str:
         tables = dict.fromkeys(settings["table"] for settings in claim["checks"])
         sizes = [size for name in tables if (size := table_runs(folder, name)[0])]
         verdict = overall([finding.verdict for finding in findings])
-        if SHOWN in verdict and not any(size.startswith("paper") for size in sizes):
+        if verdict != NOT_RUN and not all(size.startswith("paper") for size in sizes):
             verdict += ", at small size"
         verdicts.append({"": number, "claim": claim["claim"], "the paper": claim["paper"], "verdict": verdict})
         lines = [f"- {finding.text}: {finding.verdict}." for finding in findings]
         lines += [f"- {note}" for note in claim.get("notes", [])]
-        command = f" `expire-span-paper {' '.join(tables)} size=mini --tune`" if tables else ""
+        given = dict.fromkeys(f" {key}=FILE" for name in tables for key in read_table(name, "mini").given)
+        tune = " --tune" if not sizes or any("tuned" in size for size in sizes) else ""
+        command = f" `expire-span-paper {' '.join(tables)} size=mini{tune}{''.join(given)}`" if tables else ""
         heading = f"## {number}. {claim['claim']}\n\nThe paper: {claim['paper']}.{command}"
         details.append("\n".join([heading, "", *lines]))
     parts = [
         "# The paper's claims",
         "`expire-span-paper claims`",
         "Means over seeds, with 95 % intervals of their differences (Welch). Shown: the interval lies on the side that "
-        "the claim says. Contradicted: on the other. Not shown: it includes 0. At small size: with simpler tasks and "
-        "smaller models (minis).",
+        "the claim says. Contradicted: on the other. Not shown: it includes 0. Where one is claimed to be as good as "
+        "the other, a margin (in conf/claims.yaml) takes the place of 0. At small size: with simpler tasks and smaller "
+        "models (minis).",
         to_markdown(verdicts),
         *details,
         f"## Every row\n\n{to_markdown(row_verdicts(folder))}",
@@ -109,12 +141,16 @@ def overall(verdicts: Sequence[str]) -> str:
 def check(folder: Path, settings: Mapping[str, Any]) -> Finding:
     """Make one check. Raises ValueError if it is of no kind that there is."""
     table = read_table(settings["table"], "mini")
-    metric = settings.get("metric", table.metrics[0])
     size, runs = table_runs(folder, table.name)
+    runs, mixed = rows_of_one_setting(runs)
+    made = [metric for metric in table.metrics if len(measured(metric, runs))]
+    metric = settings.get("metric", (made or table.metrics)[0])
     for kind, function in CHECKS.items():
         if kind in settings:
             finding = function(runs, metric, settings[kind], settings["than"], float(settings.get("margin", 0)))
             where = f"{table.name}{f' ({size})' if size else ''}"
+            if mixed:
+                where += f" without {', '.join(mixed)}, of which there are runs of several settings"
             return finding._replace(text=f"{where}: {finding.text}")
     raise ValueError(f"conf/claims.yaml: a check has one of {', '.join(CHECKS)}, not {', '.join(settings)}")
 
@@ -122,14 +158,14 @@ def check(folder: Path, settings: Mapping[str, Any]) -> Finding:
 def better(runs: pd.DataFrame, metric: str, one: str, other: str, margin: float) -> Finding:
     """Whether a row is better than another by more than a margin."""
     text = f"{one} better than {other} ({head(metric)})"
-    ours, theirs = (sample(measured(metric, runs[runs["row"] == title])) for title in (one, other))
+    ours, theirs = (sample_of_row(runs[runs["row"] == title], metric) for title in (one, other))
     return compare(text, metric, ours, theirs, margin)
 
 
 def no_better(runs: pd.DataFrame, metric: str, one: str, other: str, margin: float) -> Finding:
-    """Whether a row is no better than another, within a margin: the opposite is not shown."""
+    """Whether a row is better than another by at most a margin."""
     finding = better(runs, metric, one, other, margin)
-    verdict = {SHOWN: CONTRADICTED, NOT_RUN: NOT_RUN}.get(finding.verdict, SHOWN)
+    verdict = {SHOWN: CONTRADICTED, CONTRADICTED: SHOWN}.get(finding.verdict, finding.verdict)
     return Finding(finding.text.replace("better than", "no better than", 1), verdict)
 
 
@@ -146,7 +182,7 @@ def compare(text: str, metric: str, one: Sample | None, other: Sample | None, ma
     low, high = difference - half, difference + half
     verdict = SHOWN if low > margin else CONTRADICTED if high < margin else NOT_SHOWN
     interval = f"{format_number(float(scaled(metric, low)), 3)} to {format_number(float(scaled(metric, high)), 3)}"
-    return Finding(f"{text}: {numbers}, better by {interval} ({one.seeds} and {other.seeds} seeds)", verdict)
+    return Finding(f"{text}: {numbers}, better by {interval} ({one} and {other} seeds)", verdict)
 
 
 def half_width(one: Sample, other: Sample) -> float:
@@ -158,13 +194,19 @@ def half_width(one: Sample, other: Sample) -> float:
     return float(t.ppf((1 + LEVEL) / 2, degrees)) * math.sqrt(total)
 
 
-def sample(values: pd.Series) -> Sample | None:
+def sample(values: pd.Series, planned: int = 0) -> Sample | None:
     """The mean of the seeds; None if there is none."""
     values = values.dropna()
     if values.empty:
         return None
     variance = float(values.var()) / len(values) if len(values) > 1 else 0.0
-    return Sample(float(values.mean()), variance, len(values) - 1, len(values))
+    return Sample(float(values.mean()), variance, len(values) - 1, len(values), planned)
+
+
+def sample_of_row(runs: pd.DataFrame, metric: str) -> Sample | None:
+    """The mean of a metric over the seeds of a row."""
+    planned = int(runs["planned_seeds"].max()) if "planned_seeds" in runs and len(runs) else 0
+    return sample(measured(metric, runs), planned)
 
 
 def lower_is_better(metric: str) -> bool:
@@ -183,6 +225,8 @@ def at_equal_memory(runs: pd.DataFrame, metric: str, one: str, other: str, margi
     if not rows or not others:
         return Finding(text, NOT_RUN)
     rows = [(held, sample) for held, sample in rows if held <= others[-1][0]]
+    if not rows:
+        return Finding(f"{text}: each row of {one} holds more than every row of {other}", NOT_RUN)
     findings = [
         compare(f"{format_number(held, 3)} held", metric, sample, interpolate(others, held), margin)
         for held, sample in rows
@@ -200,7 +244,7 @@ def curve(runs: pd.DataFrame, metric: str, model: str) -> list[tuple[float, Samp
     """The rows of a model: memories held, and the metric over its seeds; from the fewest memories to the most."""
     points = []
     for _, row in runs[runs["model"] == model].groupby("row"):
-        held, quality = sample(measured(HELD, row)), sample(measured(metric, row))
+        held, quality = sample_of_row(row, HELD), sample_of_row(row, metric)
         if held and quality:
             points.append((held.mean, quality))
     return sorted(points, key=lambda point: point[0])
@@ -210,34 +254,36 @@ def interpolate(points: Sequence[tuple[float, Sample]], held: float) -> Sample:
     """The quality of a model at a number of memories, between those of its rows."""
     for (low, first), (high, second) in itertools.pairwise(points):
         if low <= held <= high:
-            share = (held - low) / (high - low)
+            share = (held - low) / (high - low) if high > low else 0.0
             mean = (1 - share) * first.mean + share * second.mean
             variance = (1 - share) ** 2 * first.variance + share**2 * second.variance
-            nearer = first if share < 0.5 else second
-            return Sample(mean, variance, min(first.degrees, second.degrees), nearer.seeds)
+            fewer = min(first, second, key=lambda sample: sample.degrees)
+            return fewer._replace(mean=mean, variance=variance)
     return points[0][1] if held < points[0][0] else points[-1][1]
 
 
 def with_less_memory(runs: pd.DataFrame, metric: str, one: str, other: str, margin: float) -> Finding:
     """Whether a model is as good as the best row of another, within a margin, with fewer memories.
 
-    Compared are the rows of each model that hold the fewest memories among those within the margin of that best row.
+    The other's memory is the least with which it is as good as its own best row, by the means. A row of the first must
+    hold less, and the interval of its difference to that best row must lie within the margin.
     """
     text = f"{one} as good as {other} with less memory"
     rows, others = curve(runs, metric, one), curve(runs, metric, other)
     if not rows or not others:
         return Finding(text, NOT_RUN)
     sign = -1 if lower_is_better(metric) else 1
-    target = max(sign * quality.mean for _, quality in others) - margin
-    reached = [[held for held, quality in points if sign * quality.mean >= target] for points in (rows, others)]
-    goal = f"{head(metric)} of {format_number(float(scaled(metric, sign * target)))}"
-    if not reached[0]:
-        return Finding(f"{text}: no row of {one} reaches {goal}", NOT_SHOWN)
-    least, least_other = min(reached[0]), min(reached[1])
-    verdict = SHOWN if least < least_other else CONTRADICTED
-    return Finding(
-        f"{text}: {goal} with {format_number(least, 3)} held against {format_number(least_other, 3)}", verdict
-    )
+    best = max((quality for _, quality in others), key=lambda quality: sign * quality.mean)
+    least = min(held for held, quality in others if sign * (best.mean - quality.mean) <= margin)
+    smaller = [(held, quality) for held, quality in rows if held < least]
+    if not smaller:
+        return Finding(f"{text}: no row of {one} holds less than {format_number(least, 3)}", NOT_SHOWN)
+    findings = [
+        compare(f"{format_number(held, 3)} held against {format_number(least, 3)}", metric, quality, best, -margin)
+        for held, quality in smaller
+    ]
+    counting = [finding for finding in findings if finding.verdict == SHOWN][:1] or findings
+    return Finding(f"{text}: {'; '.join(finding.text for finding in counting)}", combine(counting))
 
 
 Check = Callable[[pd.DataFrame, str, str, str, float], Finding]
@@ -252,13 +298,15 @@ CHECKS: Mapping[str, Check] = {
 def row_verdicts(folder: Path) -> list[dict[str, str]]:
     """Each row that has a number of the paper: it beside ours, and whether ours confirms it.
 
-    At the paper's size, ours is compared with that number. At a smaller one the numbers differ, and what is compared is
-    the order: whether the row is better than each row that it beats in the paper's table, and worse than the others.
+    At the paper's size, ours is compared with that number. At a smaller one, and of times and bytes, which depend on
+    the machine, what is compared is the order: whether the row is better than each row that it beats in the paper's
+    table, and worse than the others.
     """
     verdicts = []
     for name in table_names():
         table = read_table(name, "paper")
         size, runs = table_runs(folder, name)
+        runs, mixed = rows_of_one_setting(runs)
         for row in table.rows:
             for metric, number in row.paper.items():
                 if metric not in table.metrics:
@@ -266,7 +314,9 @@ def row_verdicts(folder: Path) -> list[dict[str, str]]:
                 own = measured(metric, runs[runs["row"] == row.title])
                 rivals = {other.title: other.paper[metric] for other in table.rows if metric in other.paper}
                 verdict = order_verdict(runs, metric, row.title, rivals)
-                if size.startswith("paper") and len(own):
+                if row.title in mixed:
+                    verdict = "runs of several settings"
+                elif size.startswith("paper") and len(own) and not metric.startswith("perf/"):
                     verdict = number_verdict(metric, own, number)
                 verdicts.append({
                     "table": name,
@@ -302,5 +352,8 @@ def order_verdict(runs: pd.DataFrame, metric: str, title: str, numbers: Mapping[
 def number_verdict(metric: str, values: pd.Series, number: float) -> str:
     """Whether the seeds' interval includes the paper's number, or is better than it."""
     ours = cast(Sample, sample(values))
-    finding = compare("", metric, ours, ours._replace(mean=number, variance=0.0, degrees=math.inf))
-    return NOT_SHOWN if ours.seeds == 1 else CONTRADICTED if finding.verdict == CONTRADICTED else SHOWN
+    paper = ours._replace(mean=number, variance=0.0, degrees=math.inf)
+    finding = compare("", metric, ours, paper)
+    if finding.verdict != NOT_SHOWN or ours.seeds == 1:
+        return finding.verdict
+    return f"{SHOWN}, within ± {format_number(float(scaled(metric, half_width(ours, paper))), 2)}"

@@ -1,5 +1,6 @@
 """Pictures of the paper's tables and figures."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def draw_against(axis: Any, table: Table, size: str, lines: Sequence[Line]) -> N
         points = {"x": measured(table.against, line.runs), "y": scaled(metric, measured(metric, line.runs))}
         if all(len(values) for values in points.values()):
             models.setdefault(line.runs["model"].iloc[0], []).append(pd.DataFrame(points))
-    for color, (model, rows) in zip(COLORS, models.items(), strict=False):
+    for color, (model, rows) in zip(itertools.cycle(COLORS), models.items(), strict=False):
         means = pd.DataFrame([row.mean() for row in rows]).sort_values("x")
         axis.plot(means["x"], means["y"], color=color)
         every = pd.concat(rows)

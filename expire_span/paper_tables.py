@@ -10,19 +10,16 @@ command line has them.
 import hashlib
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from .results import load_runs
+from .paper_rows import CONF, Row, load_row, paper_numbers, preset_name
 from .runner.commands.report import format_number, format_seeds, group_seeds, parse_threshold
-from .runner.config.overrides import parse
 from .runner.run_folder.files import read_summary
 
-CONF = files("expire_span.conf")
 SIZES = ("mini", "paper")
 SEEDS = (1, 2, 3)  # of a row whose table says nothing else
 PATHS = ("task.path", "task.data_dir")  # keys of the config that say where data lies on one machine
@@ -35,17 +32,6 @@ COSTS = {  # columns beside the results, by metric
 }
 
 
-class Row(NamedTuple):
-    """A row of a table: settings, and the seeds that it is run with."""
-
-    preset: str  # the name of the settings, of their run folders, and of the group in W&B
-    title: str
-    overrides: tuple[str, ...]  # what `expire-span` is told to run it; none: not known yet
-    paper: dict[str, float]  # the paper's numbers, by metric
-    seeds: tuple[int, ...]
-    is_curve: bool = False  # whether it is a point of a curve, and not a preset
-
-
 class Table(NamedTuple):
     """One of the paper's tables, or a figure that a table can show."""
 
@@ -55,6 +41,7 @@ class Table(NamedTuple):
     rows: list[Row]
     against: str = ""  # the metric on the horizontal axis of a figure; none: bars
     learned: str = ""  # a condition that tells seeds that have learned the task: test/accuracy>=0.9
+    command: str = ""  # which makes it
     given: Sequence[str] = ()  # keys that the command line must give, such as task.path
     page: Mapping[str, Any] | None = None  # what a page of `expire-span-spans` shows of the rows' first seeds
 
@@ -97,7 +84,10 @@ def read_table(name: str, size: str, seeds: Sequence[int] = ()) -> Table:
         rows += curve(name, f"task={content['task']}", model, settings, size, own)
     content.pop("task", None)
     given = of_size(content, "given", size)
-    return Table(name, rows=rows, given=list(given), **content)
+    command = " ".join(["expire-span-paper", name, f"size={size}", *(f"{key}=FILE" for key in given)])
+    if seeds:
+        command += f" --seeds {','.join(map(str, seeds))}"
+    return Table(name, rows=rows, given=list(given), command=command, **content)
 
 
 def of_size(content: dict[str, Any], key: str, size: str) -> Any:
@@ -132,48 +122,6 @@ def table_content(name: str) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
 
 
-def preset_name(preset: str, size: str) -> str:
-    """What `experiment=` calls a preset at a size."""
-    return preset if size == "paper" else f"{size}/{preset}"
-
-
-def paper_numbers(preset: str) -> dict[str, float]:
-    """The paper's own numbers for a preset, by metric."""
-    return dict(read_preset(preset).get("paper") or {})
-
-
-def preset_content(overrides: Sequence[str]) -> dict[str, Any]:
-    """The content of a preset that does what these overrides do, of which the first may name another preset."""
-    content = OmegaConf.create({"defaults": []})
-    for override in map(parse, overrides):
-        key, value = override.key_or_group, override.value()
-        if key == "experiment":
-            content = read_preset(str(value))
-        elif key in ("task", "model", "size"):
-            content.defaults.append({f"override /{key}": value})
-        else:
-            OmegaConf.update(content, key, value)
-    return cast(dict[str, Any], OmegaConf.to_container(content))
-
-
-def read_preset(name: str) -> DictConfig:
-    """A file of conf/experiment."""
-    return cast(DictConfig, OmegaConf.create((CONF / "experiment" / f"{name}.yaml").read_text()))
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a run folder holds the result of a run."""
-    try:
-        return bool(read_summary(folder)["finished"])
-    except (KeyError, OSError, ValueError):
-        return False
-
-
-def missing_seeds(row: Row, size: str, runs: Path) -> tuple[int, ...]:
-    """The seeds of a row that are still to be run."""
-    return tuple(seed for seed in row.seeds if not is_finished(runs / size / row.preset / f"seed{seed}"))
-
-
 def read_lines(table: Table, size: str, runs: Path) -> tuple[list[Line], list[str]]:
     """The lines of a table, from run folders alone; and what is in none of them, with the reason.
 
@@ -181,14 +129,20 @@ def read_lines(table: Table, size: str, runs: Path) -> tuple[list[Line], list[st
     """
     lines, left_out = [], []
     for row in table.rows:
-        try:
-            groups, others = group_seeds(load_runs(runs / size / row.preset))
-        except ValueError:  # there is no run
-            groups, others = [], pd.DataFrame()
-        left_out += [f"{run.folder}: {run.problem}" for run in others.itertuples()]
+        found = load_row(row, size, runs)
+        groups, others = group_seeds(found) if len(found) else ([], found)
+        left_out += [f"{run.folder}: {run.problem}".replace(f"{runs}/", "") for run in others.itertuples()]
         runs_of_lines = [group for _, group in groups] or [pd.DataFrame()]
         lines += [Line(row, runs_of_line) for runs_of_line in runs_of_lines]
     return lines, left_out
+
+
+def num_holes(lines: Sequence[Line]) -> int:
+    """How many runs the lines of a table lack."""
+    lacking: dict[str, set[int]] = {}
+    for line in lines:
+        lacking.setdefault(line.row.preset, set(line.row.seeds)).difference_update(line.runs.get("seed", ()))
+    return sum(map(len, lacking.values()))
 
 
 def markdown(table: Table, size: str, lines: Sequence[Line], left_out: Sequence[str], tuning: str = "") -> str:
@@ -197,8 +151,7 @@ def markdown(table: Table, size: str, lines: Sequence[Line], left_out: Sequence[
     names = dict.fromkeys(name for row in rows for name in row)
     shown = [name for name in names if any(row.get(name) for row in rows)]  # a figure may have no numbers of the paper
     frame = pd.DataFrame([[row.get(name, "") for name in shown] for row in rows], columns=shown)
-    command = f"expire-span-paper {table.name} size={size}{' --tune' if tuning else ''}"
-    parts = [f"# {table.title}", f"`{command}`"]
+    parts = [f"# {table.title}", f"`{table.command}`"]
     if size != "paper" and any(line.row.paper for line in lines):
         parts.append(f"The paper's numbers are of its own sizes, ours of size={size}, with spans in proportion.")
     parts.append(frame.to_markdown(index=False, tablefmt="github", disable_numparse=True))
@@ -266,18 +219,16 @@ def provenance_notes(lines: Sequence[Line]) -> list[str]:
         return []
     runs = pd.concat([line.runs for line in lines])
     notes = []
-    by = runs.groupby(["protocol.device", "protocol.precision", "commit"], dropna=False)
-    for (device, precision, commit), group in by:
+    by = runs.groupby(["protocol.device", "protocol.precision", "commit", "dirty"], dropna=False)
+    for (device, precision, commit, dirty), group in by:
         first, last = (f"{time:%Y-%m-%d}" for time in (group["started"].min(), group["started"].max()))
         when = first if first == last else f"{first} to {last}"
-        notes.append(
-            f"{len(group)} {'run' if len(group) == 1 else 'runs'} on {device}, {precision}, "
-            f"commit {str(commit)[:10]}, {when}."
-        )
+        changed = " with uncommitted changes" if str(dirty) == "True" else ""
+        notes.append(f"{num_runs(group)} on {device}, {precision}, commit {str(commit)[:10]}{changed}, {when}.")
     names = ("batch_size", "block_size", "eval_batch_size", "eval_block_size")
     for sizes, group in runs.groupby([f"protocol.{name}" for name in names], dropna=False):
         batch, block, eval_batch, eval_block = map(format_number, sizes)
-        which = "" if len(group) == len(runs) else f"{len(group)} runs: "
+        which = "" if len(group) == len(runs) else f"{num_runs(group)}: "
         notes.append(
             f"{which}Training in {batch} streams and blocks of {block} timesteps, evaluation of the last weights in "
             f"{eval_batch} streams and blocks of {eval_block}, from an empty memory."
@@ -288,6 +239,11 @@ def provenance_notes(lines: Sequence[Line]) -> list[str]:
     if choices := our_choices(runs["folder"]):
         notes.append(f"Our choices, where the paper is silent: {choices}.")
     return notes
+
+
+def num_runs(runs: pd.DataFrame) -> str:
+    """How many runs these are."""
+    return "1 run" if len(runs) == 1 else f"{len(runs)} runs"
 
 
 def our_choices(folders: Iterable[str]) -> str:
@@ -301,11 +257,17 @@ def our_choices(folders: Iterable[str]) -> str:
 
 
 def csv_rows(lines: Sequence[Line], runs_folder: Path) -> pd.DataFrame:
-    """One row for each run: its row of the table, the paper's numbers, its folder, and all settings and metrics."""
-    frames = []
+    """One row for each run: its row of the table, the paper's numbers, its folder, and all settings and metrics.
+
+    Lines of one row, whose settings differ, have numbers: 1, 2 ...
+    """
+    frames: list[pd.DataFrame] = []
+    numbers: dict[str, int] = {}
     for line in lines:
+        numbers[line.row.preset] = numbers.get(line.row.preset, 0) + 1
         paper = {f"paper: {name}": number for name, number in line.row.paper.items()}
-        named = {"preset": line.row.preset, "row": line.row.title} | paper
+        named: dict[str, Any] = {"preset": line.row.preset, "row": line.row.title, "line": numbers[line.row.preset]}
+        named |= {"planned_seeds": len(line.row.seeds)} | paper
         runs = line.runs.drop(columns=[*named, *PATHS, "problem", "simplifications"], errors="ignore").reset_index(
             drop=True
         )

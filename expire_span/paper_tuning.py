@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import yaml
-from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 from expire_span.tasks.base import LOWER_IS_BETTER
 
-from .paper_tables import CONF, Row, preset_content
-from .results import load_runs
+from .paper_rows import CONF, Row, has_diverged, load_row, preset_content, row_config
 from .runner.commands.report import format_number
 
 SEED = 0
@@ -31,12 +29,13 @@ RATE = "optimizer.lr"
 class Choice(NamedTuple):
     """What the tuning of a row gave."""
 
-    row: Row  # with the chosen settings and the row's own seeds; without overrides if no point has finished
-    settings: dict[str, float]  # the chosen ones; empty if no point has finished
+    row: Row  # with the chosen settings and the row's own seeds; without overrides while a point is missing
+    settings: dict[str, float]  # the chosen ones; empty while a point is missing
     metric: str  # what they were chosen by
     value: float
     finished: int  # points
     points: int
+    left_out: list[str]  # runs of points that have not finished, with the reason
 
 
 def factors(model: str, is_curve: bool) -> dict[str, list[float]]:
@@ -50,8 +49,7 @@ def factors(model: str, is_curve: bool) -> dict[str, list[float]]:
 
 def points(row: Row) -> list[Row]:
     """The rows that the tuning of a row runs."""
-    with initialize_config_module("expire_span.conf", version_base="1.3"):
-        config = compose("config", overrides=list(row.overrides))
+    config = row_config(row.overrides)
     tried = {
         key: list(dict.fromkeys(multiplied(value_of(config, key), factor) for factor in of_key))
         for key, of_key in factors(model_option(row), row.is_curve).items()
@@ -85,26 +83,32 @@ def multiplied(value: float, factor: float) -> float:
 
 
 def choose(row: Row, tried: Sequence[Row], size: str, runs: Path) -> Choice:
-    """Choose the best of the points of a row, on the validation split, from run folders alone."""
-    frames = []
-    for number, point in enumerate(tried):
-        try:
-            found = load_runs(runs / size / point.preset)
-        except ValueError:  # there is no run
-            continue
-        frames.append(found[found["problem"] == ""].assign(point=number))
-    finished = pd.concat(frames) if frames else pd.DataFrame()
-    if finished.empty:
-        return Choice(row._replace(overrides=()), {}, "", float("nan"), 0, len(tried))
+    """Choose the best of the points of a row, on the validation split, from run folders alone.
+
+    While a point is missing nothing is chosen: the row would have had fewer points than others. A point that has
+    diverged counts as tried.
+
+    Raises:
+        ValueError: if the runs have no metric of the validation split.
+    """
+    found = pd.concat([load_row(point, size, runs).assign(point=number) for number, point in enumerate(tried)])
+    finished, others = found[found["problem"] == ""], found[found["problem"] != ""]
+    left_out = [f"{run.folder}: {run.problem}".replace(f"{runs}/", "") for run in others.itertuples()]
+    over = {*finished["point"], *(run.point for run in others.itertuples() if has_diverged(Path(run.folder)))}
+    if len(over) < len(tried) or finished.empty:
+        chosen = row._replace(preset=f"tuned/{row.preset}/none", overrides=())
+        return Choice(chosen, {}, "", float("nan"), len(finished), len(tried), left_out)
     own = finished["metric"].iloc[0]
-    metric = next(name for name in (f"valid/{own}", f"valid/rl/{own}") if name in finished)
+    metric = next((name for name in (f"valid/{own}", f"valid/rl/{own}") if name in finished), "")
+    if not metric:
+        raise ValueError(f"{runs / size / tried[0].preset} has no valid/{own}: tuning needs valid in eval.splits")
     order = finished.sort_values(metric, ascending=own in LOWER_IS_BETTER, kind="stable")
     number = order["point"].iloc[0]
     best = tried[number]
     added = best.overrides[len(row.overrides) :]
     settings = {key: float(value) for key, _, value in (override.partition("=") for override in added)}
     chosen = row._replace(preset=f"tuned/{row.preset}/{number + 1}", overrides=best.overrides)
-    return Choice(chosen, settings, metric, order[metric].iloc[0], len(finished), len(tried))
+    return Choice(chosen, settings, metric, order[metric].iloc[0], len(finished), len(tried), left_out)
 
 
 def describe(choices: Sequence[Choice]) -> str:
@@ -114,14 +118,15 @@ def describe(choices: Sequence[Choice]) -> str:
             "": choice.row.title,
             "points": f"{choice.finished} of {choice.points}" if choice.finished < choice.points else choice.points,
             **{key: format_number(value) for key, value in choice.settings.items()},
-            f"best {choice.metric}": format_number(choice.value),
+            **({f"best {choice.metric}": format_number(choice.value)} if choice.settings else {}),
         }
         for choice in choices
-        if choice.finished
     ]
     text = (
-        f"Tuning: every row has the same number of points, each run with seed {SEED}; the best on the validation split "
-        "was run anew with the seeds of the table, whose results are those of the test split."
+        f"Tuning: every row has the same number of points, each run with seed {SEED}. When all of them are there, the "
+        "best on the validation split is run anew with the seeds of the table, whose results are those of the test "
+        "split."
     )
     table = pd.DataFrame(rows).fillna("").to_markdown(index=False, tablefmt="github", disable_numparse=True)
-    return f"{text}\n\n{table}" if rows else f"{text} No point has been run."
+    notes = "\n".join(f"- Not finished: {text}" for choice in choices for text in choice.left_out)
+    return "\n\n".join(filter(None, [text, table, notes]))

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from importlib.resources import files
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,45 +15,69 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tiny_config import COPY, compose_config, config_options, tiny_config
 
-from expire_span.paper_tables import (
-    SIZES,
-    Row,
-    Table,
-    missing_seeds,
-    paper_numbers,
-    preset_content,
-    read_lines,
-    read_table,
-    table_names,
-)
+from expire_span.paper_rows import Row, load_row, missing_seeds, paper_numbers, preset_content, row_config
+from expire_span.paper_tables import SIZES, Table, csv_rows, read_lines, read_table, table_names
 from expire_span.paper_tuning import choose, describe, factors, model_option, points
-from expire_span.runner.commands.paper import Progress, launch, select_tables, sweeps, write_presets, write_table
+from expire_span.runner.commands.paper import (
+    Progress,
+    content_hash,
+    launch,
+    select_tables,
+    sweeps,
+    text_path,
+    tuned_table,
+    write_presets,
+    write_table,
+)
 from expire_span.runner.config.schema import validate
 from expire_span.runner.run_folder.config_files import ConfigFiles, load_config
+from expire_span.runner.run_folder.summary import NO_SETTINGS
 from expire_span.runner.train import train
 
 SHORT, LONG = "table1_trans_xl_2k", "table1_expire_span_128k"
+TINY = (*COPY, "train.updates=2")
 
 
-def preset_row(preset, title="", seeds=(1, 2, 3)):
-    return Row(preset, title, (f"experiment=mini/{preset}",), paper_numbers(preset), tuple(seeds))
+def preset_row(preset, title="", seeds=(1, 2, 3), settings=TINY):
+    """A row of a preset, with the settings of a tiny run."""
+    return Row(preset, title, (f"experiment=mini/{preset}", *settings), paper_numbers(preset), tuple(seeds))
 
 
 def table_of(*rows, metrics=("test/accuracy",)):
-    return Table("table1", "Accuracy on copy", list(metrics), list(rows))
+    return Table("table1", "Accuracy on copy", list(metrics), list(rows), command="expire-span-paper table1 size=mini")
 
 
 def two_rows(*seeds):
     return table_of(preset_row(SHORT, "Transformer-XL", seeds), preset_row(LONG, "Expire-Span", seeds))
 
 
-def make_run(runs, preset, seed, *overrides, experiment=None):
-    folder = runs / "mini" / preset / f"seed{seed}"
-    folder.mkdir(parents=True)
-    name = experiment or f"experiment=mini/{preset}"
-    config = tiny_config(name, f"seed={seed}", "train.updates=2", *overrides)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = validate(compose_config(*preset_row(LONG).overrides))
     train(config, folder, config_files=ConfigFiles(config, {}, []).texts())
     return folder
+
+
+@pytest.fixture
+def make_run(tmp_path, trained):
+    """Make the run of a row and a seed in `runs`: a copy of one that was trained, with the row's config."""
+
+    def make(row, seed, metrics=(), metric="accuracy"):
+        folder = shutil.copytree(trained, tmp_path / "runs/mini" / row.preset / f"seed{seed}")
+        summary = json.loads((folder / "summary.json").read_text())
+        config = row_config((*row.overrides, f"seed={seed}"))
+        OmegaConf.set_struct(config, False)
+        for section in ("hydra", *NO_SETTINGS):
+            config.pop(section, None)
+        summary["config"] = OmegaConf.to_container(config, resolve=True)
+        summary["protocol"]["seed"], summary["metric"] = seed, metric
+        summary["metrics"] |= dict(metrics)
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return folder
+
+    return make
 
 
 # A row of the user's own data needs a path, of a file that need not exist to compose its config.
@@ -67,12 +92,14 @@ PRESETS = dict.fromkeys(row.preset for row in ROWS.values() if row.overrides == 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_row_is_the_same_task_and_model_at_each_size(preset):
-    small, large = (validate(compose_config(f"experiment={name}")) for name in (f"mini/{preset}", preset))
-    assert small.task._target_ == large.task._target_
-    assert small.model._target_ == large.model._target_
-    assert small.transformer.hidden_size < large.transformer.hidden_size
-    if small.model._target_.endswith("Compressive"):
-        instantiate(small.model).check_block_size(small.train.block_size)
+    small, large = (preset_content([f"experiment={name}"])["defaults"] for name in (f"mini/{preset}", preset))
+    assert [choice for choice in small if "override /size" not in choice] == [
+        choice for choice in large if "override /size" not in choice
+    ]
+    assert small != large
+    config = validate(row_config(ROWS["mini", preset].overrides))
+    if config.model._target_.endswith("Compressive"):
+        instantiate(config.model).check_block_size(config.train.block_size)
 
 
 @pytest.mark.parametrize("name", table_names())
@@ -84,55 +111,72 @@ def test_a_table_has_a_column_for_every_number_of_the_paper(name):
     assert not name.startswith("table") or all(row.paper for row in table.rows)
 
 
-def test_what_is_missing_is_run_once_and_then_nothing(tmp_path):
-    runs, row = tmp_path / "runs", preset_row(LONG, seeds=[1])
-    [command] = sweeps([row, row], "mini", runs, [*COPY, "train.updates=2"])  # a row that two tables share
-    assert launch(command) == 0
-    folder = runs / "mini" / LONG / "seed1"
-    assert json.loads((folder / "summary.json").read_text())["finished"]
-    assert load_config(folder).wandb.group == f"mini/{LONG}"  # what W&B averages over
-    assert sweeps([row], "mini", runs, []) == []
-    [command] = sweeps([preset_row(LONG)], "mini", runs, [])
-    assert f"experiment=mini/{LONG}" in command
+def test_what_is_missing_is_run_once_and_then_nothing(tmp_path, monkeypatch):
+    """Also where a row is no preset of conf/, in a folder with odd characters, and if it diverges."""
+    monkeypatch.chdir(tmp_path)
+    runs = Path("my runs, here")
+    row = next(row for row in read_table("memory_copy", "mini").rows if "model=trans_xl" in row.overrides)
+    row = row._replace(seeds=(1,), overrides=(*row.overrides, *TINY[1:], "optimizer.lr=3e-05"))
+    diverging = row._replace(preset="diverging", overrides=(*row.overrides[:-1], "optimizer.lr=1e30"))
+    write_presets([row, diverging], "mini", runs)
+    with initialize_config_dir(str(files("expire_span.conf")), version_base="1.3"):
+        by_overrides = compose("config", overrides=list(row.overrides))
+        search_path = f"hydra.searchpath=['file://{tmp_path}/{runs}/conf']"
+        by_preset = compose("config", overrides=[f"experiment=mini/{row.preset}", search_path])
+    assert by_preset == by_overrides == row_config(row.overrides)
+    [command] = sweeps([row, row, diverging], "mini", runs, [])  # a row that two tables share is run once
+    assert launch(command) == 1
+    folder = runs / "mini" / row.preset / "seed1"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["value_sources"]["our choice"]["optimizer.lr"] == 3e-5
+    assert load_config(folder).wandb.group == f"mini/{row.preset}"  # what W&B averages over
+    assert load_row(row, "mini", runs)["problem"].tolist() == [""]
+    assert "train/loss is nan at update 2" in load_row(diverging, "mini", runs)["problem"].item()
+    assert sweeps([row, diverging], "mini", runs, []) == []  # it would diverge again
+    [command] = sweeps([row._replace(seeds=(1, 2, 3))], "mini", runs, [])
+    assert f"experiment=mini/{row.preset}" in command
     assert "seed=2,3" in command
 
 
-def test_rows_that_lack_the_same_seeds_are_one_sweep(tmp_path):
-    folder = make_run(tmp_path, LONG, 1)
-    first, second = sweeps(two_rows(1, 2).rows, "mini", tmp_path, [])
+def test_rows_that_lack_the_same_seeds_are_one_sweep(tmp_path, make_run):
+    runs = tmp_path / "runs"
+    folder = make_run(preset_row(LONG), 1)
+    first, second = sweeps(two_rows(1, 2).rows, "mini", runs, [])
     assert [f"experiment=mini/{SHORT}", "seed=1,2"] == first[1:3]
     assert [f"experiment=mini/{LONG}", "seed=2"] == second[1:3]
     (folder / "summary.json").write_text("{")  # a run that was cut short, or damaged
-    [both] = sweeps(two_rows(1, 2).rows, "mini", tmp_path, [])
+    [both] = sweeps(two_rows(1, 2).rows, "mini", runs, [])
     assert [f"experiment=mini/{SHORT},mini/{LONG}", "seed=1,2"] == both[1:3]
 
 
-def test_the_progress_counts_the_updates_of_runs_that_have_begun(tmp_path):
-    make_run(tmp_path, LONG, 1)
-    begun = make_run(tmp_path, LONG, 2)
+def test_the_progress_counts_the_updates_of_runs_that_have_begun(tmp_path, make_run):
+    make_run(preset_row(LONG), 1)
+    begun = make_run(preset_row(LONG), 2)
     (begun / "summary.json").unlink()
     text = (begun / ".hydra/config.yaml").read_text()
     (begun / ".hydra/config.yaml").write_text(text.replace("\n  updates: 2\n", "\n  updates: 8\n"))
-    progress = Progress(two_rows(1, 2).rows, "mini", tmp_path)
+    progress = Progress(two_rows(1, 2).rows, "mini", tmp_path / "runs")
     assert str(progress) == "1 of 4 runs are done, 1 begun"
     progress.start -= 60
-    make_run(tmp_path, SHORT, 1)
+    make_run(preset_row(SHORT), 1)
     assert str(progress) == "2 of 4 runs are done, 1 begun, about 2 min left"  # 1.75 more at one in a minute
+    (begun / "metrics.jsonl").write_text('{"update": "two"}\n')
+    assert str(progress).startswith("2 of 4 runs are done, 0 begun")  # a damaged file does not end the sweep
 
 
-def test_the_table_has_the_paper_s_number_beside_ours_and_says_what_is_missing(tmp_path):
-    folders = [make_run(tmp_path / "runs", LONG, seed) for seed in (1, 2)]
-    text = write_table(two_rows(1, 2, 3), "mini", tmp_path / "runs", tmp_path / "out")
+def test_the_table_has_the_paper_s_number_beside_ours_and_says_what_is_missing(tmp_path, make_run):
+    for seed, accuracy in ((1, 0.5), (2, 0.7)):
+        make_run(preset_row(LONG), seed, {"test/accuracy": accuracy})
+    text, holes = write_table(two_rows(1, 2, 3), "mini", tmp_path / "runs", tmp_path / "out")
     rows = {
         row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:]]
         for row in text.splitlines()
         if row.startswith("| ")
     }
     assert rows["Transformer-XL"][:3] == ["26.7", "not run", "0 of 3"]
-    ours = [json.loads((folder / "summary.json").read_text())["metrics"]["test/accuracy"] for folder in folders]
-    assert rows["Expire-Span"][0] == "52.1"
-    assert float(rows["Expire-Span"][1].split(" ±")[0]) == pytest.approx(50 * sum(ours))
-    assert rows["Expire-Span"][2] == "2 of 3"
+    assert rows["Expire-Span"][:3] == ["52.1", "60 ± 14", "2 of 3"]
+    assert holes == 4
     assert "2 runs on cpu, float32, commit " in text
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["table1.csv", "table1.md", "table1.png", "table1.svg"]
@@ -140,51 +184,61 @@ def test_the_table_has_the_paper_s_number_beside_ours_and_says_what_is_missing(t
     csv = pd.read_csv(tmp_path / "out/table1.csv")
     assert csv["preset"].tolist() == [SHORT, LONG, LONG]  # a line for the row that was not run, and for each run
     assert csv["folder"].dropna().tolist() == [f"mini/{LONG}/seed{seed}" for seed in (1, 2)]
-    assert csv["test/accuracy"].dropna().tolist() == pytest.approx(ours)
+    assert csv["test/accuracy"].dropna().tolist() == [0.5, 0.7]
+    assert csv["planned_seeds"].tolist() == [3, 3, 3]
 
 
-def test_runs_of_one_row_with_different_settings_are_shown_and_not_averaged(tmp_path):
-    make_run(tmp_path, LONG, 1)
-    make_run(tmp_path, LONG, 2, "memory.alpha=0.5")
-    lines, _ = read_lines(two_rows(1, 2), "mini", tmp_path)
+def test_runs_of_one_row_with_different_settings_are_shown_and_not_averaged(tmp_path, make_run):
+    """That is where the preset is the same, but not how it was run: on other devices, in another precision."""
+    make_run(preset_row(LONG), 1)
+    folder = make_run(preset_row(LONG), 2)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["protocol"]["precision"] = "bfloat16"
+    (folder / "summary.json").write_text(json.dumps(summary))
+    lines, _ = read_lines(two_rows(1, 2), "mini", tmp_path / "runs")
     assert [(line.row.title, len(line.runs)) for line in lines] == [
         ("Transformer-XL", 0),
         ("Expire-Span", 1),
         ("Expire-Span", 1),
     ]
+    csv = csv_rows(lines, tmp_path / "runs")
+    assert csv["line"].tolist() == [1, 1, 2]  # by which `claims` knows them
 
 
-def test_an_unfinished_run_is_a_hole_with_its_reason_and_what_was_not_measured_is_not_told(tmp_path):
-    folder = make_run(tmp_path / "runs", LONG, 1)
-    shutil.copytree(folder, folder.with_name("seed2"))
-    (folder.with_name("seed2") / "summary.json").unlink()
-    row, metrics = preset_row(LONG, "Expire-Span", [1, 2]), ["test/accuracy", "perf/peak_memory_gb"]
+def test_a_run_of_a_preset_that_has_changed_since_is_no_run_of_its_row(tmp_path, make_run):
+    make_run(preset_row(LONG), 1)
+    make_run(preset_row(LONG, settings=(*TINY, "memory.alpha=0.5")), 2)
+    text, holes = write_table(two_rows(1, 2), "mini", tmp_path / "runs", tmp_path / "out")
+    assert f"Not in the table: mini/{LONG}/seed2: its settings are no longer those of the row: " in text
+    assert "alpha was 0.5 and is 0.001 now; move its folder away, and the same command runs it anew" in text
+    assert holes == 3
+    [command] = sweeps([preset_row(LONG, seeds=(1, 2, 3))], "mini", tmp_path / "runs", [])
+    assert "seed=3" in command  # nothing is written over
+
+
+def test_only_the_seeds_of_the_table_count(tmp_path, make_run):
+    make_run(preset_row(LONG), 1)
+    table = read_table("table1", "mini", [2, 3])
+    assert table.command == "expire-span-paper table1 size=mini --seeds 2,3"
+    lines, left_out = read_lines(table_of(preset_row(LONG, seeds=(2, 3))), "mini", tmp_path / "runs")
+    assert lines[0].runs.empty
+    assert left_out == [f"mini/{LONG}/seed1: no seed of this table: 1"]
+
+
+def test_an_unfinished_run_is_a_hole_with_its_reason_and_what_was_not_measured_is_not_told(tmp_path, make_run):
+    row, metrics = preset_row(LONG, "Expire-Span", [1, 2, 3]), ["test/accuracy", "perf/peak_memory_gb"]
+    make_run(row, 1)
+    (make_run(row, 2) / "summary.json").unlink()
+    make_run(row, 3, {"test/accuracy": float("nan")})
     assert missing_seeds(row, "mini", tmp_path / "runs") == (2,)
-    text = write_table(table_of(row, metrics=metrics), "mini", tmp_path / "runs", tmp_path / "out")
-    assert "seed2: no summary.json: stopped, failed or still running, last logged update 2" in text
-    row = preset_row("table3_adaptive_span", "Adaptive-Span", [1])  # whose peak memory the paper tells
-    shutil.copytree(folder, tmp_path / "runs/mini/table3_adaptive_span/seed1")
-    text = write_table(table_of(row, metrics=metrics), "mini", tmp_path / "runs", tmp_path / "out")
-    assert "| 17.2 " in text
+    text, holes = write_table(table_of(row, metrics=metrics), "mini", tmp_path / "runs", tmp_path / "out")
+    assert f"mini/{LONG}/seed2: no summary.json: stopped, failed or still running, last logged update 2" in text
+    assert f"mini/{LONG}/seed3: summary.json has metrics that are not finite numbers" in text
+    assert holes == 2
+    row = preset_row(LONG, "Adaptive-Span", [1])._replace(paper=paper_numbers("table3_adaptive_span"))
+    text, _ = write_table(table_of(row, metrics=metrics), "mini", tmp_path / "runs", tmp_path / "out")
+    assert "| 17.2 " in text  # the paper's peak memory
     assert "not measured" in text  # there is no GPU here
-
-
-def test_a_row_that_conf_does_not_have_is_a_preset_beside_the_runs(tmp_path):
-    row = next(row for row in read_table("memory_copy", "mini").rows if "model=trans_xl" in row.overrides)
-    row = row._replace(seeds=(1,), overrides=(*row.overrides, "optimizer.lr=3e-05"))
-    write_presets([row], "mini", tmp_path)
-    with initialize_config_dir(str(files("expire_span.conf")), version_base="1.3"):
-        by_overrides = compose("config", overrides=list(row.overrides))
-        search_path = f"hydra.searchpath=[file://{tmp_path}/conf]"
-        by_preset = compose("config", overrides=[f"experiment=mini/{row.preset}", search_path])
-    assert by_preset == by_overrides
-    [command] = sweeps([row], "mini", tmp_path, [*COPY, "train.updates=2"])
-    assert launch(command) == 0
-    folder = tmp_path / "mini" / row.preset / "seed1"
-    assert load_config(folder).optimizer.lr == 3e-5
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["value_sources"]["our choice"]["optimizer.lr"] == 3e-5
-    assert sweeps([row], "mini", tmp_path, []) == []
 
 
 @pytest.mark.parametrize("is_curve", [False, True])
@@ -201,62 +255,63 @@ def test_the_tuning_of_every_model_has_the_same_number_of_points(is_curve):
 
 
 def kind_of_settings(row):
+    """What the tuned keys depend on: of Compressive also the task, whose blocks must fit its memory."""
     content = preset_content(row.overrides)
-    return str(content["defaults"]), tuple(content.get("model", ())), row.is_curve
+    of_compressive = content["defaults"] if model_option(row) == "compressive" else ""
+    return model_option(row), row.is_curve, tuple(content.get("model", ())), str(of_compressive)
 
 
-KINDS = {kind_of_settings(row): key for key, row in ROWS.items()}  # one row of each task, model and size
+KINDS = {(size, kind_of_settings(row)): row for (size, _), row in ROWS.items()}
 
 
-@pytest.mark.parametrize("row", KINDS.values(), ids=str)
+@pytest.mark.parametrize("row", KINDS.values(), ids=lambda row: row.preset)
 def test_every_row_can_be_tuned_and_its_points_are_valid_settings(row):
-    tried = points(ROWS[row])
-    configs = [validate(compose_config(*point.overrides)) for point in (tried[0], tried[-1])]
+    tried = points(row)
+    configs = [validate(row_config(point.overrides)) for point in (tried[0], tried[-1])]
     assert len({str(point.overrides) for point in tried}) == len(tried)
-    of_model = factors(model_option(ROWS[row]), ROWS[row].is_curve)
-    first, last = ({key: OmegaConf.select(config, key) for key in of_model} for config in configs)
-    assert all(last[key] > first[key] for key in of_model)
+    first, last = ({key: OmegaConf.select(config, key) for key in factors_of(row)} for config in configs)
+    assert all(last[key] > first[key] for key in first)
     for config in configs:
         if config.model._target_.endswith("Compressive"):
             instantiate(config.model).check_block_size(config.train.block_size)
 
 
-def test_the_point_that_is_best_in_validation_is_chosen_and_run_with_the_table_s_seeds(tmp_path):
-    row = preset_row(LONG, "Expire-Span")
+def factors_of(row):
+    return factors(model_option(row), row.is_curve)
+
+
+def test_the_point_that_is_best_in_validation_is_chosen_and_run_with_the_table_s_seeds(tmp_path, make_run):
+    row, runs = preset_row(LONG, "Expire-Span"), tmp_path / "runs"
     tried = points(row)
-    accuracies = {}
-    for number in (1, 2):  # the third has not run
-        preset = tried[number].preset
-        folder = make_run(tmp_path, preset, 0, *tried[number].overrides[1:], experiment=tried[number].overrides[0])
-        path = folder / "summary.json"
-        summary = json.loads(path.read_text())
-        summary["metrics"] |= {"valid/accuracy": 0.5 + number / 10, "test/accuracy": 0.9 - number / 10}
-        path.write_text(json.dumps(summary))
-        accuracies[number] = summary["metrics"]["valid/accuracy"]
-    choice = choose(row, tried, "mini", tmp_path)
-    assert (choice.finished, choice.points, choice.metric, choice.value) == (2, 6, "valid/accuracy", 0.7)
+    nothing = choose(row, tried, "mini", runs)
+    assert nothing.row.overrides == ()  # nothing to launch
+    assert sweeps([nothing.row], "mini", runs, []) == []
+    for number, point in enumerate(tried[:5]):
+        make_run(point, 0, {"valid/accuracy": 0.9 if number == 2 else 0.5, "test/accuracy": 0.1 * number})
+    unfinished = make_run(tried[5], 0)
+    (unfinished / "summary.json").unlink()
+    make_run(row, 1)  # which was not tuned
+    some = choose(row, tried, "mini", runs)
+    assert some.row.overrides == ()  # with fewer points than the others it would not be a fair choice
+    lines, _ = read_lines(tuned_table(table_of(row), {row.preset: some}), "mini", runs)
+    assert lines[0].runs.empty
+    assert "| Expire-Span | 5 of 6 " in describe([some])
+    assert f"- Not finished: mini/{tried[5].preset}/seed0: no summary.json" in describe([some])
+    (unfinished / "run.log").write_text("[ERROR] train/loss is nan at update 2; try a lower optimizer.lr\n")
+    choice = choose(row, tried, "mini", runs)  # a point that has diverged was tried, too
+    assert (choice.finished, choice.points, choice.metric, choice.value) == (5, 6, "valid/accuracy", 0.9)
     assert choice.row.overrides == tried[2].overrides
     assert choice.row.seeds == (1, 2, 3)
     assert choice.row.preset == f"tuned/{LONG}/3"
     assert choice.settings == {"optimizer.lr": 0.002, "memory.alpha": 0.0003}
-    text = describe([choice])
-    assert "| Expire-Span | 2 of 6 " in text
-    nothing = choose(row, tried, "mini", tmp_path / "elsewhere")
-    assert nothing.row.overrides == ()  # nothing to launch
-    assert sweeps([nothing.row], "mini", tmp_path, []) == []
-    assert describe([nothing]).endswith("No point has been run.")
 
 
-def test_a_lower_error_is_the_better_one(tmp_path):
-    row = preset_row("table3_adaptive_span")
+def test_a_lower_error_is_the_better_one(tmp_path, make_run):
+    row = preset_row(LONG)
     tried = points(row)
-    for number, error in ((0, 0.3), (1, 0.2)):
-        folder = make_run(tmp_path, LONG, number)
-        summary = json.loads((folder / "summary.json").read_text())
-        summary["metrics"]["valid/error"], summary["metric"] = error, "error"
-        (folder / "summary.json").write_text(json.dumps(summary))
-        shutil.move(folder, tmp_path / "mini" / tried[number].preset / "seed0")
-    assert choose(row, tried, "mini", tmp_path).row.overrides == tried[1].overrides
+    for number, point in enumerate(tried):
+        make_run(point, 0, {"valid/error": 0.2 if number == 1 else 0.3}, metric="error")
+    assert choose(row, tried, "mini", tmp_path / "runs").row.overrides == tried[1].overrides
 
 
 def test_settings_that_two_tables_share_are_run_once():
@@ -269,7 +324,7 @@ def test_settings_that_two_tables_share_are_run_once():
 def test_a_page_shows_what_the_rows_of_a_figure_remember(tmp_path):
     shown = {"text": "the end", "replacements": {"end": "beginning"}, "span_cap": {"mini": 2}, "loss_tokens": 64}
     rows = [Row(f"settings/{number}", title, (), {}, (1,)) for number, title in enumerate(("with", "without"))]
-    figure = Table("figure9", "Figure 9", ["test/bpb"], rows, page=shown)
+    figure = Table("figure9", "Figure 9", ["test/bpb"], rows, page=shown, command="expire-span-paper figure9")
     (tmp_path / "text.txt").write_text("the end of the beginning. " * 400)
     write_table(figure, "mini", tmp_path / "runs", tmp_path / "out")
     assert not (tmp_path / "out/figure9.html").exists()  # the runs are missing
@@ -278,7 +333,7 @@ def test_a_page_shows_what_the_rows_of_a_figure_remember(tmp_path):
         folder.mkdir(parents=True)
         config = tiny_config("train.updates=2", task="text", text=tmp_path / "text.txt")
         train(config, folder, config_files=ConfigFiles(config, {}, []).texts())
-    text = write_table(figure, "mini", tmp_path / "runs", tmp_path / "out")
+    text, _ = write_table(figure, "mini", tmp_path / "runs", tmp_path / "out")
     assert "Mean span by kind of token, in timesteps (with, seed 1, figure9.txt):" in text
     assert (tmp_path / "out/figure9.md").read_text() == text
     assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "out").glob("*.[mc]*"))  # no one's paths
@@ -291,19 +346,32 @@ def test_a_page_shows_what_the_rows_of_a_figure_remember(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         f"figure9.{ending}" for ending in ("csv", "html", "md", "png", "txt")
     ]
+    (folder / "model.safetensors").unlink()  # as of a run that --from-wandb has fetched
+    write_table(figure, "mini", tmp_path / "runs", tmp_path / "elsewhere")
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["figure9.csv", "figure9.md"]
 
 
-def test_a_table_that_needs_data_of_the_user_says_so(monkeypatch):
+def test_a_table_that_needs_data_of_the_user_says_so(monkeypatch, tmp_path):
     content = {"title": "t", "metrics": ["test/bpb"], "task": "text", "given": {"mini": ["task.path"]}}
     content["curves"] = {"mini": {"trans_xl": {"memory.max_span": [8]}}}
     monkeypatch.setattr("expire_span.paper_tables.table_content", lambda name: yaml.safe_load(yaml.safe_dump(content)))
-    with pytest.raises(ValueError, match="table1 needs task.path=..., which names your data"):
-        select_tables(["table1"], "mini", [], {})
-    [of_user], _ = select_tables(["table1"], "mini", [], {"task.path": "'/a b'"})
-    assert of_user.rows[0].overrides[-1] == "task.path='/a b'"
-    tables, left_out = select_tables(["all"], "mini", [], {})
+    with pytest.raises(ValueError, match="table1 needs task.path=FILE, your text"):
+        select_tables(["table1"], "mini", [], None)
+    text, other = tmp_path / "a b.txt", tmp_path / "other"
+    text.write_text("one")
+    other.mkdir()
+    (other / "file").write_text("two")
+    presets = {}
+    for path in (text, other):  # runs of one text are none of another
+        [of_user], _ = select_tables(["table1"], "mini", [], path)
+        assert of_user.rows[0].overrides[-1] == f"task.path='{path}'"
+        presets[of_user.rows[0].preset] = content_hash(path)
+    assert list(presets) == [f"table1/trans_xl_8-{content_hash(path)}" for path in (text, other)]
+    assert len(presets) == 2
+    tables, left_out = select_tables(["all"], "mini", [], None)
     assert tables == []
-    assert set(left_out) == {f"{name} needs task.path=..., which names your data" for name in table_names()}
+    assert set(left_out) == {f"{name} needs task.path=FILE, your text" for name in table_names()}
+    assert text_path([f"task.path={text}"]) == text_path([f"task.path='{text}'"]) == text
 
 
 @pytest.mark.parametrize(
@@ -315,6 +383,11 @@ def test_a_table_that_needs_data_of_the_user_says_so(monkeypatch):
         (["table1", "memory.alpha=1"], "memory.alpha belongs to the presets of the table"),
         (["table1", "--seeds=one"], "--seeds must be numbers with commas between them, as in 1,2,3, got one"),
         (["table1", "--seeds=0,1", "--tune"], "seed 0 is that of the tuning, which a table must not use"),
+        (["figure9", "task.path=none.txt"], "No such file or directory: 'none.txt'"),
+        (["table1", "task.data_dir=data"], "EXPIRE_SPAN_CACHE says where data lies"),
+        (["table1", "hydra.sweep.dir=elsewhere"], "hydra.sweep.dir is how this command finds its runs; --runs"),
+        (["table1", "--out=/dev/null"], "Not a directory: '/dev/null/mini'"),  # and no run is started for nothing
+        (["claims"], "there are no tables in results: make some first"),
         (["memory_copy", "size=paper"], "memory_copy has no rows at size=paper"),
         (["table1", "--no-launch"], "9 runs are missing; the same command goes on with them"),
     ],

@@ -7,6 +7,7 @@ OUT/claims.md                the paper's claims, judged from those tables: `expi
 """
 
 import argparse
+import hashlib
 import math
 import os
 import re
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,13 @@ import yaml
 
 from expire_span.paper_claims import judge
 from expire_span.paper_figures import draw
+from expire_span.paper_rows import Row, is_finished, is_over, missing_seeds, preset_content, preset_name
 from expire_span.paper_tables import (
-    PATHS,
     SIZES,
-    Row,
     Table,
     csv_rows,
-    is_finished,
     markdown,
-    missing_seeds,
-    preset_content,
-    preset_name,
+    num_holes,
     read_lines,
     read_table,
     table_names,
@@ -46,6 +44,7 @@ from ..errors import exit_with_message
 from ..logging.wandb_runs import fetch_summaries
 from ..run_folder.config_files import load_config
 from ..run_folder.files import read_metrics, write_atomically
+from ..run_folder.identity import is_below
 from ..spans.describe import Request, describe_runs
 from ..spans.page import page
 from ..spans.picture import draw_spans
@@ -53,6 +52,8 @@ from ..stop_signals import Stopped, heeded_signals
 from .report import format_number
 
 FREE = ("hydra", "run", "wandb")  # sections that change no result
+OURS = ("hydra.sweep", "hydra.run", "hydra.mode", "wandb.group")  # by which the runs are found again
+DATA = "task.path"  # the user's own text
 CLAIMS = "claims"  # stands for the page that judges the paper's claims from the tables in OUT
 SUBFOLDER = "hydra.sweep.subdir='{size}${{hydra:runtime.choices.experiment}}/seed${{seed}}'"
 HEADER = """# @package _global_
@@ -70,7 +71,7 @@ def sweeps(rows: Sequence[Row], size: str, runs: Path, overrides: Sequence[str])
     common = [f"hydra.sweep.dir={quote(str(runs))}", SUBFOLDER.format(size="" if size != "paper" else "paper/")]
     common += ["wandb.group='${hydra:runtime.choices.experiment}'", *overrides]
     if any(not in_conf(row, size) for row in rows):
-        common += [f"--config-dir={runs / 'conf'}"]
+        common += [f"--config-dir={(runs / 'conf').absolute()}"]
     return [
         ["-m", f"experiment={','.join(presets)}", f"seed={','.join(map(str, missing))}", *common]
         for missing, presets in presets_by_seeds.items()
@@ -114,12 +115,12 @@ class Progress:
 
 def done_share(folder: Path) -> float:
     """The part of its updates that a run has logged."""
-    if is_finished(folder):
+    if is_over(folder):
         return 1
     try:
         update = read_metrics(folder / "metrics.jsonl")[-1]["update"]
         return min(update / load_config(folder).train.updates, 0.99)
-    except (IndexError, KeyError, OSError, ValueError):
+    except Exception:  # damaged files of one run must not end the sweep of all
         return 0
 
 
@@ -153,16 +154,18 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """Raises ValueError for one that would change a result: a table's settings are those of its presets."""
     for override in map(parse, overrides):
         key = override.key_or_group
-        if key not in ("size", "tracker", *PATHS) and key.split(".")[0].split("/")[0] not in FREE:
+        if is_below(key, OURS):
+            raise ValueError(f"{key} is how this command finds its runs; --runs FOLDER says where they are and will be")
+        if key not in ("size", "tracker") and key.split(".")[0].split("/")[0] not in FREE:
             raise ValueError(
                 f"{key} belongs to the presets of the table, which must not differ; run a variant with "
-                f"expire-span experiment=PRESET {key}=..., or set tracker, {', '.join(PATHS)}, or one of "
-                f"{', '.join(f'{section}.*' for section in FREE)}"
+                f"expire-span experiment=PRESET {key}=..., or set tracker, {DATA}, or one of "
+                f"{', '.join(f'{section}.*' for section in FREE)}; EXPIRE_SPAN_CACHE says where data lies"
             )
 
 
 def select_tables(
-    names: Sequence[str], size: str, seeds: Sequence[int], data: Mapping[str, str]
+    names: Sequence[str], size: str, seeds: Sequence[int], text: Path | None
 ) -> tuple[list[Table], list[str]]:
     """The tables of these names that have rows at a size, and why others of `all` are left out.
 
@@ -170,25 +173,47 @@ def select_tables(
         names: of tables, or all.
         size: one of SIZES.
         seeds: of every row; none: as many as each table says.
-        data: where data lies, by key of the config.
+        text: the file or folder of tables of a text; runs of another text lie in other folders.
 
     Raises:
         ValueError: if a table is named that does not exist, or of which nothing can be run.
+        OSError: if the text cannot be read.
     """
     tables, left_out = [], []
     for name in table_names() if "all" in names else dict.fromkeys(names):
         table = read_table(name, size, seeds)
-        absent = [key for key in table.given if key not in data]
         problem = "" if table.rows else f"{name} has no rows at size={size}"
-        problem = problem or (f"{name} needs {absent[0]}=..., which names your data" if absent else "")
+        problem = problem or (f"{name} needs {DATA}=FILE, your text" if table.given and text is None else "")
         if problem and "all" not in names:
             raise ValueError(problem)
         if problem:
             left_out.append(problem)
             continue
-        own = tuple(f"{key}={data[key]}" for key in table.given)
-        tables.append(table._replace(rows=[row._replace(overrides=(*row.overrides, *own)) for row in table.rows]))
+        if table.given and text is not None:
+            own, hashed = f"{DATA}={quote(str(text.absolute()))}", content_hash(text)
+            rows = [
+                row._replace(preset=f"{row.preset}-{hashed}", overrides=(*row.overrides, own)) for row in table.rows
+            ]
+            table = table._replace(rows=rows)
+        tables.append(table)
     return tables, left_out
+
+
+@cache
+def content_hash(path: Path) -> str:
+    """8 characters for what a file, or a folder of files, holds. Raises OSError if it cannot be read."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    hashes = [hashlib.sha256(file.read_bytes()).digest() for file in files]
+    return hashlib.sha256(b"".join(hashes)).hexdigest()[:8]
+
+
+def text_path(given: Sequence[str]) -> Path | None:
+    """The path that task.path=FILE names, with or without Hydra's quotes."""
+    values = [text.partition("=")[2] for text in given if text.startswith(f"{DATA}=")]
+    if not values:
+        return None
+    path = Path(values[-1]).expanduser()
+    return path if path.exists() else Path(str(parse(f"{DATA}={values[-1]}").value())).expanduser()
 
 
 def distinct_rows(tables: Sequence[Table]) -> list[Row]:
@@ -198,8 +223,8 @@ def distinct_rows(tables: Sequence[Table]) -> list[Row]:
 
 def obtain(
     rows: Sequence[Row], size: str, runs: Path, overrides: Sequence[str], from_wandb: str | None, no_launch: bool
-) -> bool:
-    """Fetch and run what is missing of these rows; returns whether all that was run has finished."""
+) -> None:
+    """Fetch and run what is missing of these rows."""
     if from_wandb is not None:
         wanted = {
             (preset_name(row.preset, size), seed): runs / size / row.preset / f"seed{seed}"
@@ -208,22 +233,23 @@ def obtain(
         }
         print(f"{fetch_summaries(from_wandb, wanted)} of {len(wanted)} missing runs are in W&B", flush=True)
     if no_launch:
-        return True
+        return
     commands, progress = sweeps(rows, size, runs, overrides), Progress(rows, size, runs)
     if commands:
         print(progress, flush=True)
     write_presets(rows, size, runs)
-    codes = [launch(command, progress) for command in commands]
-    return not any(codes)
+    for command in commands:
+        launch(command, progress)  # a job that fails leaves a hole, which the tables and the exit code tell
 
 
 def tuned_table(table: Table, choices: Mapping[str, Choice]) -> Table:
     """The table with the settings that its tuning chose, by the names of its rows."""
-    return table._replace(rows=[choices[row.preset].row for row in table.rows])
+    rows = [choices[row.preset].row for row in table.rows]
+    return table._replace(rows=rows, command=f"{table.command} --tune")
 
 
-def write_table(table: Table, size: str, runs: Path, out: Path, tuning: str = "") -> str:
-    """Write NAME.md, .csv, .svg and .png, or .html for a page, and return the Markdown."""
+def write_table(table: Table, size: str, runs: Path, out: Path, tuning: str = "") -> tuple[str, int]:
+    """Write NAME.md, .csv, .svg and .png, or .html for a page; return the Markdown, and how many runs are lacking."""
     lines, left_out = read_lines(table, size, runs)
     text = markdown(table, size, lines, left_out, tuning)
     out.mkdir(parents=True, exist_ok=True)
@@ -233,24 +259,24 @@ def write_table(table: Table, size: str, runs: Path, out: Path, tuning: str = ""
         text += write_page(table.page, table, size, runs, out)
     (out / f"{table.name}.md").write_text(text, encoding="utf-8")
     csv_rows(lines, runs).to_csv(out / f"{table.name}.csv", index=False)
-    return text
+    return text, num_holes(lines)
 
 
 def write_page(settings: Mapping[str, Any], table: Table, size: str, runs: Path, out: Path) -> str:
-    """Write NAME.html and .png: what the first seed of each row remembers of a text; nothing without these runs.
+    """Write NAME.html and .png: what the first seed of each row remembers of a text; nothing without its weights.
 
     Returns:
         In Markdown, the mean span of each kind of token in each layer of the first row.
     """
     folders = [runs / size / row.preset / f"seed{row.seeds[0]}" for row in table.rows]
-    if not all(map(is_finished, folders)):
+    if not all(is_finished(folder) and (folder / "model.safetensors").is_file() for folder in folders):
         return ""
     options = {key: value.get(size) if key == "span_cap" else value for key, value in settings.items()}
     if "text" in options:
         (out / f"{table.name}.txt").write_text(options["text"], encoding="utf-8")
         options["text"] = out / f"{table.name}.txt"
     data = describe_runs(Request(folders, **options | {"replacements": list(options.get("replacements", {}).items())}))
-    data |= {"run": table.rows[0].title, "command": f"expire-span-paper {table.name} size={size}"}
+    data |= {"run": table.rows[0].title, "command": table.command}
     if data["curves"]:
         for curve, row in zip(data["curves"]["runs"], table.rows, strict=True):
             curve["name"] = row.title
@@ -284,38 +310,41 @@ def make(options: argparse.Namespace) -> None:
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else []
     if options.tune and SEED in seeds:
         raise ValueError(f"seed {SEED} is that of the tuning, which a table must not use")
-    check_overrides(given)
-    values = dict(text.split("=", 1) for text in given)
-    data = {key: quote(str(Path(values[key]).absolute())) for key in PATHS if key in values}
-    overrides = [text for text in given if text.split("=")[0] not in ("size", *PATHS)]
-    tables, left_out = select_tables([name for name in names if name != CLAIMS], size, seeds, data)
-    rows, runs, out = distinct_rows(tables), options.runs, options.out / size
+    check_overrides([text for text in given if not text.startswith((f"{DATA}=", "size="))])
+    overrides = [text for text in given if text.split("=")[0] not in ("size", DATA)]
+    tables, left_out = select_tables([name for name in names if name != CLAIMS], size, seeds, text_path(given))
+    rows, runs, out = distinct_rows(tables), options.runs, options.out / size / ("tuned" if options.tune else "")
     tried = {row.preset: points(row) for row in rows} if options.tune else {}
     of_tuning = [point for row in rows for point in tried.get(row.preset, ())]
     if options.dry_run:
-        commands = sweeps(of_tuning or rows, size, runs, overrides)
+        chosen = [choose(row, tried[row.preset], size, runs).row for row in rows] if options.tune else rows
+        commands = sweeps(of_tuning, size, runs, overrides) or sweeps(chosen, size, runs, overrides)
         print("\n".join(f"expire-span {shlex.join(command)}" for command in commands) or "nothing is missing")
         return
-    is_complete, choices = True, {}
+    (out if tables else options.out).mkdir(parents=True, exist_ok=True)  # before hours of runs, whose tables go there
+    choices, holes = {}, 0
     if options.tune:
-        is_complete = obtain(of_tuning, size, runs, overrides, options.from_wandb, options.no_launch)
+        obtain(of_tuning, size, runs, overrides, options.from_wandb, options.no_launch)
         choices = {row.preset: choose(row, tried[row.preset], size, runs) for row in rows}
-        out, rows = out / "tuned", [choice.row for choice in choices.values()]
-    is_complete = obtain(rows, size, runs, overrides, options.from_wandb, options.no_launch) and is_complete
+        rows = [choice.row for choice in choices.values()]
+    obtain(rows, size, runs, overrides, options.from_wandb, options.no_launch)
     for table in tables:
         own = [choices[row.preset] for row in table.rows] if options.tune else []
         table = tuned_table(table, choices) if options.tune else table
-        print(write_table(table, size, runs, out, describe(own) if own else ""))
+        text, lacking = write_table(table, size, runs, out, describe(own) if own else "")
+        print(text)
+        holes += lacking
     if {CLAIMS, "all"} & set(names):
         text = judge(options.out)
-        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"{CLAIMS}.md").write_text(text, encoding="utf-8")
         print(text)
     for problem in left_out:
         print(problem, file=sys.stderr)
     missing = sum(len(missing_seeds(row, size, runs)) for row in [*of_tuning, *rows])
-    if missing or not is_complete:
+    if missing:
         raise ValueError(f"{missing} runs are missing; the same command goes on with them")
+    if holes:
+        raise ValueError(f"{holes} runs have no place in their tables, which say why")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
