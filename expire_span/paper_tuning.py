@@ -30,7 +30,7 @@ class Choice(NamedTuple):
     """What the tuning of a row gave."""
 
     row: Row  # with the chosen settings and the row's own seeds; without overrides while a point is missing
-    settings: dict[str, float]  # the chosen ones; empty while a point is missing
+    settings: dict[str, str]  # the chosen ones; empty while a point is missing
     metric: str  # what they were chosen by
     value: float
     finished: int  # points
@@ -105,10 +105,17 @@ def choose(row: Row, tried: Sequence[Row], size: str, runs: Path) -> Choice:
     order = finished.sort_values(metric, ascending=own in LOWER_IS_BETTER, kind="stable")
     number = order["point"].iloc[0]
     best = tried[number]
-    added = best.overrides[len(row.overrides) :]
-    settings = {key: float(value) for key, _, value in (override.partition("=") for override in added)}
+    values = [dict(override.split("=", 1) for override in point.overrides[len(row.overrides) :]) for point in tried]
+    settings = {key: with_place(value, [point[key] for point in values]) for key, value in values[number].items()}
     chosen = row._replace(preset=f"tuned/{row.preset}/{number + 1}", overrides=best.overrides)
     return Choice(chosen, settings, metric, order[metric].iloc[0], len(finished), len(tried), left_out)
+
+
+def with_place(value: str, tried: Sequence[str]) -> str:
+    """A chosen value, and whether it is the lowest or the highest of several tried: one beyond may be better."""
+    numbers = sorted({float(other) for other in tried})
+    ends = {numbers[0]: " (lowest tried)", numbers[-1]: " (highest tried)"} if len(numbers) > 2 else {}
+    return f"{format_number(float(value))}{ends.get(float(value), '')}"
 
 
 def describe(choices: Sequence[Choice]) -> str:
@@ -117,7 +124,7 @@ def describe(choices: Sequence[Choice]) -> str:
         {
             "": choice.row.title,
             "points": f"{choice.finished} of {choice.points}" if choice.finished < choice.points else choice.points,
-            **{key: format_number(value) for key, value in choice.settings.items()},
+            **choice.settings,
             **({f"best {choice.metric}": format_number(choice.value)} if choice.settings else {}),
         }
         for choice in choices
