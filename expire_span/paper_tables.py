@@ -147,7 +147,12 @@ def num_holes(lines: Sequence[Line]) -> int:
 
 def markdown(table: Table, size: str, lines: Sequence[Line], left_out: Sequence[str], tuning: str = "") -> str:
     """The table, and beneath it what its runs were; `tuning` says in Markdown how their settings were chosen."""
-    rows = [cells(table, line) for line in lines]
+    known = [
+        metric
+        for metric in table.metrics
+        if any(metric in line.row.paper or len(measured(metric, line.runs)) for line in lines)
+    ]
+    rows = [cells(table._replace(metrics=known or table.metrics), line) for line in lines]
     names = dict.fromkeys(name for row in rows for name in row)
     shown = [name for name in names if any(row.get(name) for row in rows)]  # a figure may have no numbers of the paper
     frame = pd.DataFrame([[row.get(name, "") for name in shown] for row in rows], columns=shown)

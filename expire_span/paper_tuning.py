@@ -4,11 +4,12 @@ conf/tuning/MODEL.yaml has the factors by which a row's learning rate and one ke
 combinations are run with one seed, which no table uses; the one that is best on the validation split is then run with
 the row's seeds, and the table tells the test.
 
-    RUNS/SIZE/tuning/PRESET/1/seed0     a point of the tuning
-    RUNS/SIZE/tuned/PRESET/1/seedN      the chosen point, with the seeds of the table
+    RUNS/SIZE/tuning/PRESET/lr_0.001_alpha_0.01/seed0     a point of the tuning
+    RUNS/SIZE/tuned/PRESET/lr_0.001_alpha_0.01/seedN      the chosen point, with the seeds of the table
 """
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,10 +56,17 @@ def points(row: Row) -> list[Row]:
         for key, of_key in factors(model_option(row), row.is_curve).items()
     }
     rows = []
-    for number, values in enumerate(itertools.product(*tried.values()), 1):
+    for values in itertools.product(*tried.values()):
         overrides = tuple(f"{key}={value}" for key, value in zip(tried, values, strict=True))
-        rows.append(Row(f"tuning/{row.preset}/{number}", row.title, (*row.overrides, *overrides), {}, (SEED,)))
+        rows.append(
+            Row(f"tuning/{row.preset}/{point_name(overrides)}", row.title, (*row.overrides, *overrides), {}, (SEED,))
+        )
     return rows
+
+
+def point_name(overrides: Sequence[str]) -> str:
+    """A name by the values, so that more of them may be added later."""
+    return "_".join(re.sub(r".*\.(\w+)=", r"\1_", override) for override in overrides)
 
 
 def model_option(row: Row) -> str:
@@ -107,7 +115,9 @@ def choose(row: Row, tried: Sequence[Row], size: str, runs: Path) -> Choice:
     best = tried[number]
     values = [dict(override.split("=", 1) for override in point.overrides[len(row.overrides) :]) for point in tried]
     settings = {key: with_place(value, [point[key] for point in values]) for key, value in values[number].items()}
-    chosen = row._replace(preset=f"tuned/{row.preset}/{number + 1}", overrides=best.overrides)
+    chosen = row._replace(
+        preset=f"tuned/{row.preset}/{point_name(best.overrides[len(row.overrides) :])}", overrides=best.overrides
+    )
     return Choice(chosen, settings, metric, order[metric].iloc[0], len(finished), len(tried), left_out)
 
 

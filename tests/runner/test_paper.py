@@ -300,7 +300,7 @@ def test_the_point_that_is_best_in_validation_is_chosen_and_run_with_the_table_s
     assert (choice.finished, choice.points, choice.metric, choice.value) == (5, 6, "valid/accuracy", 0.9)
     assert choice.row.overrides == tried[2].overrides
     assert choice.row.seeds == (1, 2, 3)
-    assert choice.row.preset == f"tuned/{LONG}/3"
+    assert choice.row.preset == f"tuned/{LONG}/lr_0.002_alpha_0.0003"
     assert choice.settings == {"optimizer.lr": "0.002", "memory.alpha": "0.0003"}
 
 
