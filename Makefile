@@ -2,7 +2,7 @@
 # make test   the test suite               make test-slow   the training checks, minutes each
 # make test-faults  kills and damages hundreds of runs, and compares each with an uninterrupted one
 # make check  ruff check and format, mypy  make docs        the documentation, as a site in docs/_build
-# make paper  the paper's tables and claims, days on two CPU cores (SIZE=mini)
+# make paper  the paper's tables and claims, about a day on two CPU cores
 # make bench  time and memory of a step    make clean       remove what these made
 # make audit  known vulnerabilities of the pinned packages, as pip-audit knows them
 #
