@@ -56,15 +56,26 @@ class Sample(NamedTuple):
 def table_runs(folder: Path, name: str) -> tuple[str, pd.DataFrame]:
     """The runs of a table that was written below a folder, a line each, and at what size; none, if it was not.
 
-    Of a table that was made several times counts the first of: the paper's size tuned, the paper's size, the mini
-    tuned, the mini.
+    Of a table that was made several times counts the first complete one, or else the first one, of: the paper's size
+    tuned, the paper's size, the mini tuned, the mini.
     """
+    made = []
     for size in reversed(SIZES):
         for subfolder in ("tuned", ""):
             path = folder / size / subfolder / f"{name}.csv"
             if path.is_file() and "model" in (runs := read_csv(path)):
-                return f"{size}{', tuned' if subfolder else ''}", runs[runs["model"].notna()]
-    return "", pd.DataFrame({"row": [], "model": []})
+                made.append((f"{size}{', tuned' if subfolder else ''}", runs))
+    if not made:
+        return "", pd.DataFrame({"row": [], "model": []})
+    size, runs = next((table for table in made if is_complete(table[1])), made[0])
+    return size, runs[runs["model"].notna()]
+
+
+def is_complete(runs: pd.DataFrame) -> bool:
+    """Whether every row of a table has as many seeds as it was to have."""
+    if "planned_seeds" not in runs:
+        return bool(runs["model"].notna().all())
+    return bool((runs["model"].notna().groupby(runs["row"]).sum() >= runs.groupby("row")["planned_seeds"].max()).all())
 
 
 def read_csv(path: Path) -> pd.DataFrame:
