@@ -228,8 +228,9 @@ def lower_is_better(metric: str) -> bool:
 def at_equal_memory(runs: pd.DataFrame, metric: str, one: str, other: str, margin: float) -> Finding:
     """Whether a model is better than another where both hold as many memories.
 
-    The other's quality lies on straight lines between its rows. Of a row of the first that holds less than the other's
-    least, the other's least counts, and none that holds more than the other's most.
+    The other's quality lies on straight lines between its rows, of which each has at least the quality of those that
+    hold less. Of a row of the first that holds less than the other's least, the other's least counts, and none that
+    holds more than the other's most.
     """
     text = f"{one} better than {other} at equal memory"
     rows, others = curve(runs, metric, one), curve(runs, metric, other)
@@ -238,11 +239,21 @@ def at_equal_memory(runs: pd.DataFrame, metric: str, one: str, other: str, margi
     rows = [(held, sample) for held, sample in rows if held <= others[-1][0]]
     if not rows:
         return Finding(f"{text}: each row of {one} holds more than every row of {other}", NOT_RUN)
+    others = best_so_far(others, metric)
     findings = [
         compare(f"{format_number(held, 3)} held", metric, sample, interpolate(others, held), margin)
         for held, sample in rows
     ]
     return Finding(f"{text}: {'; '.join(finding.text for finding in findings)}", combine(findings))
+
+
+def best_so_far(points: Sequence[tuple[float, Sample]], metric: str) -> list[tuple[float, Sample]]:
+    """A curve on which more memory is never worse: a model that may hold more can be built with less."""
+    sign = -1 if lower_is_better(metric) else 1
+    best = itertools.accumulate(
+        (quality for _, quality in points), lambda one, other: max(one, other, key=lambda quality: sign * quality.mean)
+    )
+    return [(held, quality) for (held, _), quality in zip(points, best, strict=True)]
 
 
 def combine(findings: Sequence[Finding]) -> str:
