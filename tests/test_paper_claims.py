@@ -177,6 +177,15 @@ def test_a_damaged_table_is_named(tmp_path):
         judge(tmp_path)
 
 
+def test_more_memory_that_did_worse_does_not_weaken_the_other_model():
+    theirs = {10: [0.9, 0.91, 0.9], 40: [0.3, 0.31, 0.3]}
+    runs = curves(ACCURACY, expire_span={40: [0.6, 0.61, 0.6]}, trans_xl=theirs)
+    assert at_equal_memory(runs, ACCURACY, "expire_span", "trans_xl", 0).verdict == CONTRADICTED
+    theirs = {10: [0.1, 0.11, 0.1], 40: [0.9, 0.91, 0.9]}
+    runs = curves(ERROR, expire_span={40: [0.6, 0.61, 0.6]}, trans_xl=theirs)
+    assert at_equal_memory(runs, ERROR, "expire_span", "trans_xl", 0).verdict == CONTRADICTED
+
+
 def test_the_verdict_of_a_claim_says_what_of_it_was_made():
     assert overall([NOT_RUN, NOT_RUN]) == overall([]) == NOT_RUN
     assert overall([SHOWN, SHOWN]) == SHOWN
