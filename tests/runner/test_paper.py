@@ -397,3 +397,4 @@ def test_bad_input_and_holes_are_one_line_and_a_code(arguments, message, tmp_pat
     assert ended.code == 1
     assert len(ended.stderr.splitlines()) == 1
     assert message in ended.stderr
+    assert "--no-launch" in arguments or not any((tmp_path / "work").iterdir())  # nothing was begun

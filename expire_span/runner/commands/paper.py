@@ -321,7 +321,8 @@ def make(options: argparse.Namespace) -> None:
         commands = sweeps(of_tuning, size, runs, overrides) or sweeps(chosen, size, runs, overrides)
         print("\n".join(f"expire-span {shlex.join(command)}" for command in commands) or "nothing is missing")
         return
-    (out if tables else options.out).mkdir(parents=True, exist_ok=True)  # before hours of runs, whose tables go there
+    if tables:
+        out.mkdir(parents=True, exist_ok=True)  # before hours of runs, whose tables go there
     choices, holes = {}, 0
     if options.tune:
         obtain(of_tuning, size, runs, overrides, options.from_wandb, options.no_launch)
