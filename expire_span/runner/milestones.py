@@ -56,11 +56,11 @@ def far_behind(config: DictConfig, task: Any, rows: Sequence[Mapping[str, float]
         rows: The rows of metrics.jsonl.
         since: Only milestones after this update.
     """
-    metric, found = training_metric(task), []
+    metric, messages = training_metric(task), []
     for update, expected in milestone_updates(config).items():
         value = mean_before(update, config.train.updates, metric, rows)
         if value is None or not since < update <= max(row["update"] for row in rows):
             continue
         if value > 3 / 2 * expected if task.metric in LOWER_IS_BETTER else value < 2 / 3 * expected:
-            found.append(f"{metric} is {value:.3g} at update {update}, where this recipe had {expected:g}")
-    return found
+            messages.append(f"{metric} is {value:.3g} at update {update}, where this recipe had {expected:g}")
+    return messages

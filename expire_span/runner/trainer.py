@@ -21,6 +21,7 @@ from expire_span.tasks.base import LOWER_IS_BETTER, RLTask, Task
 from ..memory.packed import with_max_age
 from . import ranks
 from .build import build_model, build_optimizer, setup_runtime
+from .config.sections import add_new_keys
 from .logging.answer_metrics import check_metrics
 from .logging.metrics import MetricAverager, Metrics
 from .logging.performance import StepTimer
@@ -57,8 +58,7 @@ class Trainer:
         self.streams = ranks.own_streams(config.train.batch_size, "train.batch_size")
         resolve_micro_batch_size(config, self.task, self.device, self.streams.stop - self.streams.start)
         self.states = training_states(self.model, config, self.streams.stop - self.streams.start)
-        budget = config.memory.get("budget")  # folders of earlier runs do not have it
-        self.budget = None if budget is None else MemoryBudget(budget)
+        self.budget = None if config.memory.budget is None else MemoryBudget(config.memory.budget)
         self.update = 0  # updates done
         self.run_id = uuid.uuid4().hex[:8]  # of the W&B run
         self.changes: list[dict[str, Any]] = []  # of the config, since the run began
@@ -185,7 +185,7 @@ class Trainer:
             done = f"{self.folder} has done {content['update']} updates"
             raise ValueError(f"{done}, more than train.updates={self.config.train.updates}")
         config: Any = OmegaConf.to_container(self.config, resolve=True)
-        check_same_run(self.folder, content["config"], config, changeable)
+        check_same_run(self.folder, add_new_keys(content["config"]), config, changeable)
         check_same_data(self.folder, content["data"], plain(self.task.data_info))
         check_same_vocab(self.folder, self.task)
         load_weights(self.model, content["model"], self.folder)

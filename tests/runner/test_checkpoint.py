@@ -78,6 +78,17 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(damage, run):
         resumed_update(run)
 
 
+def test_a_checkpoint_of_before_some_keys_were_added_goes_on_without_a_change(run):
+    content = checkpoint.load(run)
+    for section, key in (("memory", "budget"), ("wandb", "log_model"), ("train", "curriculum_interval")):
+        del content["config"][section][key]
+    del content["config"]["tracker"], content["config"]["milestones"], content["memory_budget"]
+    save(run, content)
+    trainer = Trainer(tiny_config(), run)
+    assert trainer.load_checkpoint()
+    assert trainer.changes == []
+
+
 def save(folder, content):
     """Write a checkpoint, and remove those that it replaces."""
     checkpoint.save(folder, content, content["streams"][0])

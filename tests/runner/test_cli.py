@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 from forked_command import forked_command
 from tiny_config import COPY, SMALL_SIZES
 from wait import wait_for_lines
@@ -83,6 +84,26 @@ def test_evaluation_knows_the_keys_of_the_run_and_refuses_others(folder, tmp_pat
 
 
 # Resume
+
+
+def test_a_run_of_before_some_keys_were_added_is_resumed_and_evaluated_also_with_these_keys(folder, tmp_path):
+    assert run_command("task=copy", *COPY, folder=folder).code == 0
+    path = folder / ".hydra" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    del config["tracker"], config["milestones"], config["memory"]["budget"], config["wandb"]["log_model"]
+    path.write_text(yaml.safe_dump(config))
+    (folder / ".hydra" / "overrides.yaml").write_text("[task=copy]")  # an unmodified recipe, which has milestones now
+    evaluated = run_command(f"evaluate={folder}", "eval.splits=[test]", "tracker=none", folder=tmp_path / "evaluated")
+    assert evaluated.code == 0, evaluated.stderr
+    assert json.loads((tmp_path / "evaluated" / "summary.json").read_text())["trained"] == {
+        "eval.splits": ["valid", "test"]
+    }
+    for override in ([], ["tracker=none"]):
+        resumed = forked_command(["expire-span", f"resume={folder}", *override], tmp_path, 120)
+        assert resumed.code == 0, resumed.stderr
+    assert load_config(folder).tracker == "none"
+    refused = forked_command(["expire-span", f"resume={folder}", "memory.budget=40"], tmp_path, 120)
+    assert "resume=RUN keeps the run's own memory.budget" in refused.stderr
 
 
 def test_a_killed_run_resumes_from_the_command_line_to_the_same_losses(tmp_path):

@@ -76,6 +76,23 @@ def test_an_offline_run_is_kept_for_a_later_sync_under_its_own_id(tmp_path, monk
     assert {file.path for file in model.manifest.contents} == {"best.safetensors", "summary.json", "vocab.json"}
 
 
+def test_weights_that_are_a_link_are_not_uploaded(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").write_text("of the user")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "secret")
+    config = tiny_config("wandb.mode=offline", "wandb.log_model=last")
+    with trackers(config, tmp_path, "id123456", "accuracy"):
+        pass
+    assert "model.safetensors is a link" in caplog.text
+    assert not [record for path in written_files() for record in wandb_records(path) if record.HasField("artifact")]
+
+
+def test_the_group_of_a_run_of_before_memory_budget_stays_the_same():
+    earlier = tiny_config()
+    del earlier.memory["budget"]
+    assert default_group(tiny_config()) == default_group(earlier) != default_group(tiny_config("memory.budget=40"))
+
+
 def test_after_a_kill_wandb_gets_every_row_that_it_lacks(tmp_path, monkeypatch):
     import wandb
 

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, field, fields, make_dataclass
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -23,134 +23,8 @@ from ...transformer import TransformerConfig
 from ..logging.trackers import check_trackers
 from .former_names import current_name
 from .overrides import literal
+from .sections import SECTIONS, TopLevel, add_new_keys
 
-
-@dataclass
-class TopLevel:
-    """The keys outside of all sections."""
-
-    seed: int
-    evaluate: str | None
-    resume: str | None
-    paper: dict[str, float]
-    simplified: dict[str, str]
-    tracker: Any = "wandb"  # or a list; folders of earlier runs do not have it
-    milestones: dict[int, float] = field(default_factory=dict)  # folders of earlier runs do not have it
-
-
-@dataclass
-class MemoryConfig:
-    """Keys of `memory`."""
-
-    max_span: int
-    ramp: float
-    alpha: float
-    init_span_ratio: float
-    num_positions: int
-    random_drop: bool
-    budget: float | None = None  # folders of earlier runs do not have it
-
-
-@dataclass
-class LRScheduleConfig:
-    """Keys of `lr_schedule`."""
-
-    name: str
-    warmup_updates: int
-    final_updates: int
-    final_factor: float
-    span_lr_factor: float
-
-
-@dataclass
-class AlphaScheduleConfig:
-    """Keys of `alpha_schedule`."""
-
-    start_update: int
-    warmup_updates: int
-
-
-@dataclass
-class TrainConfig:
-    """Keys of `train`."""
-
-    updates: int
-    batch_size: int
-    block_size: int
-    grad_accumulation: int
-    grad_clip: float | None
-    curriculum_interval: int = 20  # folders of earlier runs do not have it, nor the following
-    micro_batch_size: int | str | None = None
-    offload_memory: bool = False
-
-
-@dataclass
-class ActorCriticConfig:
-    """Keys of `actor_critic`."""
-
-    discount: float
-    gae_lambda: float
-    entropy_coef: float
-    final_entropy_coef: float
-    value_coef: float
-    clip_coef: float
-    update_epochs: int
-    normalize_advantage: bool
-
-
-@dataclass
-class EvalConfig:
-    """Keys of `eval`."""
-
-    interval: int | None
-    splits: list[str]
-    batch_size: int
-    block_size: int
-    max_blocks: int | None
-    span_cap: int | None = None  # folders of earlier runs do not have it
-    weights: str = "last"
-
-
-@dataclass
-class RunConfig:
-    """Keys of `run`."""
-
-    device: str
-    precision: str
-    compile: bool | str
-    deterministic: bool
-    num_threads: int | None
-    log_every: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    progress_bar: bool
-    profile: bool = False  # folders of earlier runs do not have it
-    checkpoint_memories: bool = True
-    rank_timeout: float = 60.0
-
-
-@dataclass
-class WandbConfig:
-    """Keys of `wandb`."""
-
-    mode: str
-    project: str
-    entity: str | None
-    group: str | None
-    tags: list[str]
-    log_model: bool | str = False  # folders of earlier runs do not have it
-
-
-SECTIONS = {
-    "memory": MemoryConfig,
-    "lr_schedule": LRScheduleConfig,
-    "alpha_schedule": AlphaScheduleConfig,
-    "train": TrainConfig,
-    "actor_critic": ActorCriticConfig,
-    "eval": EvalConfig,
-    "run": RunConfig,
-    "wandb": WandbConfig,
-}
 CHOICES = {
     "lr_schedule.name": ("constant", "cosine"),
     "eval.weights": ("last", "best"),
@@ -210,7 +84,7 @@ def validate(config: DictConfig) -> DictConfig:
         ValueError: at the first key that is wrong.
     """
     try:
-        config = DictConfig(literal(OmegaConf.to_container(config, resolve=True)))
+        config = DictConfig(add_new_keys(literal(OmegaConf.to_container(config, resolve=True))))
     except InterpolationResolutionError as error:
         raise ValueError(f"{error.full_key}: {first_line(error)}") from None
     except RecursionError:
@@ -289,7 +163,7 @@ def check_values(config: DictConfig) -> None:
 
 def check_budget(config: DictConfig) -> None:
     """Raises ValueError for a memory budget of a model whose memory is fixed, or one that no alpha could reach."""
-    budget, model = config.memory.get("budget"), config.model
+    budget, model = config.memory.budget, config.model
     if budget is None:
         return
     if "alpha" not in model:

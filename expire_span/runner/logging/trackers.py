@@ -24,7 +24,7 @@ LogRow = Callable[[Mapping[str, float], Media], None]
 
 def check_trackers(config: DictConfig) -> None:
     """Raises ValueError for a tracker that does not exist, or settings of W&B that it would refuse."""
-    tracker = config.get("tracker", "wandb")
+    tracker = config.tracker
     names = list(tracker) if isinstance(tracker, ListConfig) else [tracker]
     for name in names:
         if name not in (*LABELS, "none"):
@@ -40,8 +40,7 @@ def check_trackers(config: DictConfig) -> None:
 
 def tracker_names(config: DictConfig) -> list[str]:
     """The trackers that a run has: those of `tracker`, but for W&B where wandb.mode is disabled."""
-    tracker = config.get("tracker", "wandb")  # folders of earlier runs do not have it
-    names = dict.fromkeys(tracker if isinstance(tracker, ListConfig) else [tracker])
+    names = dict.fromkeys(config.tracker if isinstance(config.tracker, ListConfig) else [config.tracker])
     return [name for name in names if name != "none" and (name, config.wandb.mode) != ("wandb", "disabled")]
 
 

@@ -39,10 +39,9 @@ def check_wandb(config: DictConfig) -> None:
     for tag in settings.tags:
         if not 1 <= len(tag) <= MAX_TAG_LENGTH:
             raise ValueError(f"wandb.tags may have 1 to {MAX_TAG_LENGTH} characters each, got {len(tag)}: {tag!r}")
-    log_model = settings.get("log_model", False)  # folders of earlier runs do not have it
-    if log_model not in (False, *weights.FILES):
-        raise ValueError(f"wandb.log_model must be one of false, last, best, got {str(log_model).lower()}")
-    if log_model == "best" and config.eval.interval is None:
+    if settings.log_model not in (False, *weights.FILES):
+        raise ValueError(f"wandb.log_model must be one of false, last, best, got {str(settings.log_model).lower()}")
+    if settings.log_model == "best" and config.eval.interval is None:
         raise ValueError("wandb.log_model=best needs eval.interval=N: the best weights are those of an evaluation")
 
 
@@ -52,6 +51,8 @@ def default_group(config: DictConfig) -> str:
     for key in (*NO_SETTINGS, "seed", "run", "evaluate", "resume"):
         plain.pop(key, None)
     plain["train"]["micro_batch_size"] = None  # changes no result, and auto is another number on each machine
+    if plain["memory"].get("budget") is None:  # as in runs of before this key was added, which stay in their group
+        plain["memory"].pop("budget", None)
     plain["task"].pop("seed", None)
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     return f"{class_name(config.task)}-{class_name(config.model)}-{digest[:8]}"
@@ -126,14 +127,16 @@ def to_wandb(item: Tensor | np.ndarray | Table) -> Any:
 
 def upload_model(run: Any, config: DictConfig, folder: Path) -> None:
     """Log the weights that `wandb.log_model` names as an artifact, which is a run folder that evaluate=RUN takes."""
-    if not (which := config.wandb.get("log_model")):
+    if not (which := config.wandb.log_model):
         return
     import wandb
 
     artifact = wandb.Artifact(f"model-{run.id}", type="model")
+    if (folder / weights.FILES[which]).is_symlink():  # a link could name any file of the user
+        raise ValueError(f"{weights.FILES[which]} is a link")
     artifact.add_file(str(folder / weights.FILES[which]))
     for name in (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "summary.json", "vocab.json"):
-        if (folder / name).is_file() and not (folder / name).is_symlink():  # a link could name any file of the user
+        if (folder / name).is_file() and not (folder / name).is_symlink():
             artifact.add_file(str(folder / name), name=name)
     run.log_artifact(artifact, aliases=[which])
 

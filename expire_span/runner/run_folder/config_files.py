@@ -18,6 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from ..config.overrides import is_below, literal, parse
+from ..config.sections import add_new_keys
 from .files import check_regular
 
 SIZE_LIMIT = 2**20  # bytes; such a file has a few thousand
@@ -45,7 +46,7 @@ class ConfigFiles(NamedTuple):
 
 
 def load_config(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """The config of a run.
+    """The config of a run, with all keys of this version.
 
     Args:
         folder: the run folder.
@@ -77,7 +78,7 @@ def load_config(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
                 f"{key}={target} of {folder} is no part of expire-span, and would be imported; if you trust it, say so "
                 f"by {key}={target} on the command line, or by {TRUST_VARIABLE}=MODULE in the environment"
             )
-    return DictConfig(literal(content))
+    return DictConfig(literal(add_new_keys(content)))
 
 
 def load_config_files(folder: Path, overrides: Sequence[str] = ()) -> ConfigFiles:
