@@ -124,10 +124,10 @@ function drawFilters() {
 }
 
 function element(tag, content = "", className = "") {
-  const made = document.createElement(tag);
-  made.textContent = content;
-  if (className) made.className = className;
-  return made;
+  const node = document.createElement(tag);
+  node.textContent = content;
+  if (className) node.className = className;
+  return node;
 }
 
 // Fill a select with groups of options, and return its choice: that of the address if there is one, else the default.

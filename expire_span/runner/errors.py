@@ -77,11 +77,14 @@ def explained(error: Exception) -> str:
         advice = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(options.split())}"
         return f"{group}={option} does not exist; {advice}"
     if unknown := re.match(r"Could not override '(.*?)'\.", message):
-        close = similar_keys(unknown[1], error)
-        if close:
-            return f"there is no key {unknown[1]}; did you mean {' or '.join(close)}?"
+        key = unknown[1]
+        inner = re.match(r"Key '(.*?)' is not in struct", str(error.__cause__))
+        if inner and inner[1] not in key.split("."):  # KEY={INNER: VALUE}
+            key = f"{key}.{inner[1]}"
+        if close := similar_keys(key, error):
+            return f"there is no key {key}; did you mean {' or '.join(close)}?"
         return (
-            f"there is no key {unknown[1]}; `expire-span --cfg job` prints those there are, and ++KEY=VALUE sets one "
+            f"there is no key {key}; `expire-span --cfg job` prints those there are, and ++KEY=VALUE sets one "
             "of another task or optimizer, as in a sweep"
         )
     if unreadable := re.match(r"Error parsing override '(.*)' missing EQUAL", message):

@@ -12,6 +12,7 @@ from expire_span.runner.errors import OutOfMemory, shortened
     [
         ("memroy.alpha=3", "there is no key memroy.alpha; did you mean memory.alpha or "),
         ("memory.alhpa=3", "there is no key memory.alhpa; did you mean memory.alpha?"),
+        ("milestones={7:1}", "there is no key milestones.7; `expire-span --cfg job` prints those there are"),
         ("sead=3", "there is no key sead; did you mean seed?"),
         ("hydra.run.dri=x", "there is no key hydra.run.dri; did you mean hydra.run.dir?"),
         ("optimizer.eps=1", "there is no key optimizer.eps; `expire-span --cfg job` prints those there are"),

@@ -70,6 +70,8 @@ def places_that_wait():
 def test_a_step_waits_for_the_device_once_a_block(model, task, tmp_path, text):
     overrides = ["transformer.dropout=0.1", "memory.random_drop=true", "train.grad_accumulation=2"]
     overrides += [f"model={model}", "+optimizer.fused=true"]  # as on CUDA
+    if model in ("expire_span", "adaptive_span"):
+        overrides.append("memory.budget=40")
     trainer = Trainer(tiny_config(*overrides, task=task, text=text), tmp_path)
     train_step(trainer)  # the first one allocates the optimizer's state
     before = trainer.objective.blocks

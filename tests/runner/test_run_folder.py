@@ -210,7 +210,7 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path):
 # Links in a run folder of somebody else
 
 
-@pytest.mark.parametrize("name", [".lock", ".hydra", "metrics.jsonl", "run.log"])
+@pytest.mark.parametrize("name", [".lock", ".hydra", "metrics.jsonl", "run.log", "tensorboard"])
 def test_a_link_in_a_run_folder_is_refused_and_what_it_points_to_stays(name, tmp_path):
     target, folder = tmp_path / "target", tmp_path / "run"
     folder.mkdir()

@@ -28,7 +28,7 @@ def lock(folder: Path) -> Iterator[None]:
     clusters, the folder is used without one.
     """
     path = Path(folder) / ".lock"
-    for name in (".lock", ".hydra", "metrics.jsonl", "run.log"):
+    for name in (".lock", ".hydra", "metrics.jsonl", "run.log", "tensorboard"):
         if (Path(folder) / name).is_symlink():
             raise ValueError(f"{Path(folder) / name} is a link, and what it points to would be overwritten; remove it")
     file_lock = FileLock(path, timeout=0)

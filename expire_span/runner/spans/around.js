@@ -122,7 +122,7 @@ function curves() {
   );
   const guide = make("line", { class: "grid", y1: top, y2: height - bottom, x1: -9, x2: -9 });
   chart.append(guide);
-  const told = make("p", { class: "soft" }, "Hover over the curve for its numbers and the text there.");
+  const readout = make("p", { class: "soft" }, "Hover over the curve for its numbers and the text there.");
   chart.addEventListener("mousemove", event => {
     const box = chart.getBoundingClientRect(),
       place = ((event.clientX - box.left) / box.width) * width;
@@ -133,7 +133,7 @@ function curves() {
     guide.setAttribute("x1", x(part));
     guide.setAttribute("x2", x(part));
     const losses = runs.map(run => `${run.name} ${number(run.bits[part], 2)}`).join(", ");
-    told.replaceChildren(
+    readout.replaceChildren(
       `from ${data.unit} ${number(part * size, 0)}: ${losses}. `,
       make("code", {}, visible(excerpts[part])),
     );
@@ -148,7 +148,7 @@ function curves() {
     make("h2", {}, `Loss along the data, in bits per ${data.unit}, means of ${number(size, 0)} ${data.unit}s`),
     names,
     chart,
-    told,
+    readout,
   );
 }
 function foot() {

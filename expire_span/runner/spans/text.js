@@ -24,7 +24,7 @@ function paint() {
     );
   });
   legend();
-  tellMoment();
+  showMoment();
   tables();
 }
 
@@ -70,7 +70,7 @@ function legend() {
   }
   byId("legend").replaceChildren(make("span", { class: "soft" }, title), strip, numbers);
 }
-function tellMoment() {
+function showMoment() {
   const line = byId("moment");
   if (!state.moment)
     return line.replaceChildren(
@@ -184,7 +184,7 @@ function choose(place) {
   }
   showsLayers() === before ? paint() : render();
 }
-function tell(place, box) {
+function showTip(place, box) {
   const tip = byId("tip"),
     [which, index] = place,
     text = data.texts[which],
@@ -237,7 +237,7 @@ const hide = () => {
   byId("tip").style.display = "none";
 };
 byId("main").addEventListener("mouseover", event =>
-  event.target.place ? tell(event.target.place, event.target.getBoundingClientRect()) : hide(),
+  event.target.place ? showTip(event.target.place, event.target.getBoundingClientRect()) : hide(),
 );
 byId("main").addEventListener("mouseleave", hide);
 byId("main").addEventListener("click", event => {
@@ -270,7 +270,7 @@ function move(which, index) {
   const elements = cells[which][index];
   elements.forEach(({ element }) => element.classList.add("at"));
   elements[0].element.scrollIntoView({ block: "nearest" });
-  tell(state.at, elements[elements.length - 1].element.getBoundingClientRect());
+  showTip(state.at, elements[elements.length - 1].element.getBoundingClientRect());
 }
 
 function tools() {

@@ -87,7 +87,7 @@ function range(layer) {
   const key = state.own ? layer : -1;
   if (!(key in ranges)) {
     const spans = data.texts.flatMap(text =>
-      (key < 0 ? layers : [key]).flatMap(each => text.tokens.map((_, index) => span(text, each, index))),
+      (key < 0 ? layers : [key]).flatMap(member => text.tokens.map((_, index) => span(text, member, index))),
     );
     const [low, high] = spans.reduce(([low, high], e) => [Math.min(low, e), Math.max(high, e)], [Infinity, 1]);
     ranges[key] = [high > low * 1.01 ? low : 0, high];
