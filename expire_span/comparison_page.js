@@ -189,7 +189,7 @@ function drawQuality(selected, groups) {
 
 function drawCurves(selected, groups, quality) {
   const known = distinct(selected.flatMap((run) => Object.keys(run.curves))).sort();
-  const sections = {};
+  const sections = Object.create(null); // a metric may be called __proto__/...
   for (const name of known) (sections[name.split("/")[0]] ??= []).push(name);
   const several = (name) => selected.some((run) => (value(run.curves, name)?.[1].length ?? 0) > 1);
   const metrics = distinct([quality.split("/").at(-1), ...selected.map((run) => run.metric)]);
