@@ -250,10 +250,11 @@ def at_equal_memory(runs: pd.DataFrame, metric: str, one: str, other: str, margi
 def best_so_far(points: Sequence[tuple[float, Sample]], metric: str) -> list[tuple[float, Sample]]:
     """A curve on which more memory is never worse: a model that may hold more can be built with less."""
     sign = -1 if lower_is_better(metric) else 1
-    best = itertools.accumulate(
-        (quality for _, quality in points), lambda one, other: max(one, other, key=lambda quality: sign * quality.mean)
-    )
-    return [(held, quality) for (held, _), quality in zip(points, best, strict=True)]
+    curve = list(points[:1])
+    for held, quality in points[1:]:
+        best = curve[-1][1]
+        curve.append((held, quality if sign * quality.mean > sign * best.mean else best))
+    return curve
 
 
 def combine(findings: Sequence[Finding]) -> str:
