@@ -59,15 +59,15 @@ def table_runs(folder: Path, name: str) -> tuple[str, pd.DataFrame]:
     Of a table that was made several times counts the first complete one, or else the first one, of: the paper's size
     tuned, the paper's size, the mini tuned, the mini.
     """
-    made = []
+    candidates = []
     for size in reversed(SIZES):
         for subfolder in ("tuned", ""):
             path = folder / size / subfolder / f"{name}.csv"
             if path.is_file() and "model" in (runs := read_csv(path)):
-                made.append((f"{size}{', tuned' if subfolder else ''}", runs))
-    if not made:
+                candidates.append((f"{size}{', tuned' if subfolder else ''}", runs))
+    if not candidates:
         return "", pd.DataFrame({"row": [], "model": []})
-    size, runs = next((table for table in made if is_complete(table[1])), made[0])
+    size, runs = next((table for table in candidates if is_complete(table[1])), candidates[0])
     return size, runs[runs["model"].notna()]
 
 
@@ -140,12 +140,12 @@ def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def overall(verdicts: Sequence[str]) -> str:
     """The verdict of a claim, from those of its checks."""
-    made = [verdict for verdict in verdicts if verdict != NOT_RUN]
-    if not made:
+    judged = [verdict for verdict in verdicts if verdict != NOT_RUN]
+    if not judged:
         return NOT_RUN
-    counts = [f"{verdict} in {made.count(verdict)}" for verdict in (SHOWN, CONTRADICTED) if verdict in made]
-    text = made[0] if len(set(made)) == 1 else f"{' and '.join(counts)} of {len(made)} checks"
-    missing = len(verdicts) - len(made)
+    counts = [f"{verdict} in {judged.count(verdict)}" for verdict in (SHOWN, CONTRADICTED) if verdict in judged]
+    text = judged[0] if len(set(judged)) == 1 else f"{' and '.join(counts)} of {len(judged)} checks"
+    missing = len(verdicts) - len(judged)
     return f"{text}, {missing} of {len(verdicts)} not run" if missing else text
 
 
@@ -154,8 +154,8 @@ def check(folder: Path, settings: Mapping[str, Any]) -> Finding:
     table = read_table(settings["table"], "mini")
     size, runs = table_runs(folder, table.name)
     runs, mixed = rows_of_one_setting(runs)
-    made = [metric for metric in table.metrics if len(measured(metric, runs))]
-    metric = settings.get("metric", (made or table.metrics)[0])
+    measured_metrics = [metric for metric in table.metrics if len(measured(metric, runs))]
+    metric = settings.get("metric", (measured_metrics or table.metrics)[0])
     for kind, function in CHECKS.items():
         if kind in settings:
             finding = function(runs, metric, settings[kind], settings["than"], float(settings.get("margin", 0)))
@@ -250,11 +250,11 @@ def at_equal_memory(runs: pd.DataFrame, metric: str, one: str, other: str, margi
 def best_so_far(points: Sequence[tuple[float, Sample]], metric: str) -> list[tuple[float, Sample]]:
     """A curve on which more memory is never worse: a model that may hold more can be built with less."""
     sign = -1 if lower_is_better(metric) else 1
-    curve = list(points[:1])
+    rising = list(points[:1])
     for held, quality in points[1:]:
-        best = curve[-1][1]
-        curve.append((held, quality if sign * quality.mean > sign * best.mean else best))
-    return curve
+        best = rising[-1][1]
+        rising.append((held, quality if sign * quality.mean > sign * best.mean else best))
+    return rising
 
 
 def combine(findings: Sequence[Finding]) -> str:
@@ -334,20 +334,20 @@ def row_verdicts(folder: Path) -> list[dict[str, str]]:
             for metric, number in row.paper.items():
                 if metric not in table.metrics:
                     continue
-                own = measured(metric, runs[runs["row"] == row.title])
+                ours = measured(metric, runs[runs["row"] == row.title])
                 rivals = {other.title: other.paper[metric] for other in table.rows if metric in other.paper}
                 verdict = order_verdict(runs, metric, row.title, rivals)
                 if row.title in mixed:
                     verdict = "runs of several settings"
-                elif size.startswith("paper") and len(own) and not metric.startswith("perf/"):
-                    verdict = number_verdict(metric, own, number)
+                elif size.startswith("paper") and len(ours) and not metric.startswith("perf/"):
+                    verdict = number_verdict(metric, ours, number)
                 verdicts.append({
                     "table": name,
                     "row": row.title,
                     "metric": head(metric),
                     "the paper": format_number(float(scaled(metric, number))),
-                    "ours": format_seeds(scaled(metric, own)) if len(own) else "",
-                    "seeds": str(len(own)) if len(own) else "",
+                    "ours": format_seeds(scaled(metric, ours)) if len(ours) else "",
+                    "seeds": str(len(ours)) if len(ours) else "",
                     "size": size,
                     "verdict": verdict,
                 })  # fmt: skip
@@ -364,12 +364,12 @@ def order_verdict(runs: pd.DataFrame, metric: str, title: str, numbers: Mapping[
             findings.append(better(runs, metric, *pair, 0))
     if not len(measured(metric, runs[runs["row"] == title])):
         return NOT_RUN
-    made = [finding for finding in findings if finding.verdict != NOT_RUN]
-    if not made:
+    compared = [finding for finding in findings if finding.verdict != NOT_RUN]
+    if not compared:
         return "no row to compare it with"
-    shown = sum(finding.verdict == SHOWN for finding in made)
-    against = sum(finding.verdict == CONTRADICTED for finding in made)
-    return f"order shown against {shown} of {len(made)}" + (f", contradicted by {against}" if against else "")
+    shown = sum(finding.verdict == SHOWN for finding in compared)
+    against = sum(finding.verdict == CONTRADICTED for finding in compared)
+    return f"order shown against {shown} of {len(compared)}" + (f", contradicted by {against}" if against else "")
 
 
 def number_verdict(metric: str, values: pd.Series, number: float) -> str:

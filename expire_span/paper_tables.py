@@ -80,8 +80,8 @@ def read_table(name: str, size: str, seeds: Sequence[int] = ()) -> Table:
     ]
     rows += [settings_row(title, text, size, common) for title, text in of_size(content, "settings", size).items()]
     for model, settings in of_size(content, "curves", size).items():
-        own = tuple(seeds or range(1, counts.get(model, len(SEEDS)) + 1))
-        rows += curve(name, f"task={content['task']}", model, settings, size, own)
+        of_model = tuple(seeds or range(1, counts.get(model, len(SEEDS)) + 1))
+        rows += curve(name, f"task={content['task']}", model, settings, size, of_model)
     content.pop("task", None)
     given = of_size(content, "given", size)
     command = " ".join(["expire-span-paper", name, f"size={size}", *(f"{key}=FILE" for key in given)])
@@ -107,7 +107,7 @@ def settings_row(title: str, text: str, size: str, seeds: tuple[int, ...]) -> Ro
 def curve(name: str, task: str, model: str, settings: dict[str, Any], size: str, seeds: tuple[int, ...]) -> list[Row]:
     """A row for each value of the one key that has several."""
     [(key, values)] = [(key, value) for key, value in settings.items() if isinstance(value, list)]
-    fixed = [f"{name}={value}" for name, value in settings.items() if name != key]
+    fixed = [f"{other}={value}" for other, value in settings.items() if other != key]
     rows = []
     for value in values:
         title = f"{model}, {key.rpartition('.')[2]}={value}"

@@ -19,7 +19,7 @@ def fetch_summaries(project: str, wanted: Mapping[tuple[str, int], Path]) -> int
     import wandb
     from wandb.errors import Error
 
-    found = 0
+    num_fetched = 0
     try:
         api = wandb.Api()
         for group in dict.fromkeys(group for group, _ in wanted):
@@ -31,8 +31,8 @@ def fetch_summaries(project: str, wanted: Mapping[tuple[str, int], Path]) -> int
                     folder.mkdir(parents=True, exist_ok=True)
                     files[0].download(root=str(folder), replace=True).close()
                     del folders[run.config["seed"]]
-                    found += 1
+                    num_fetched += 1
     except (Error, OSError, ValueError) as error:  # no account, no such project, no network
         reason = str(error).partition("\n")[0]
         raise ValueError(f"W&B does not give the runs of {project}: {reason}") from error
-    return found
+    return num_fetched
