@@ -1,5 +1,6 @@
 """The command line: train, evaluate, resume and sweep, each as a process of its own."""
 
+import importlib
 import json
 import os
 import re
@@ -267,3 +268,13 @@ def test_a_run_folder_in_use_is_refused(folder):
         result = run_command("wandb.mode=disabled", folder=folder)
     assert result.code == 1
     assert f"in use by process {os.getpid()}" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["dashboard", "generate", "paper", "plan", "play", "report", "spans"])
+def test_a_flag_that_is_cut_short_is_refused_and_not_guessed(command, capsys, monkeypatch):
+    main = importlib.import_module(f"expire_span.runner.commands.{command}").main
+    monkeypatch.setattr(sys, "argv", ["command", "--hel"])  # argparse would take it for --help, and --tun for --tune
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "usage: expire-span-" in capsys.readouterr().err

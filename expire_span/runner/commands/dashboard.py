@@ -91,6 +91,7 @@ def save(view: Any) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console command; user errors are one line."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="expire-span-dashboard",
         description="Save a view of a W&B project: quality by update and by memories held, memory, time, accuracy by "
         "distance and spans; runs grouped by model and by group, so that plots are means over seeds.",

@@ -66,6 +66,7 @@ def generate(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="expire-span-generate",
         description="Let the model of a run continue a prompt. The text goes to standard output; speed and memory size "
         f"to standard error, every {REPORT_EVERY:,} tokens and at the end.",

@@ -351,6 +351,7 @@ def make(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console command; user errors are one line."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="expire-span-paper",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Make tables of the paper: run what is missing, then write each as Markdown, CSV, SVG and PNG,\n"

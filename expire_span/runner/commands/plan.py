@@ -312,6 +312,7 @@ def advice(plan: Plan) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console command; user errors are one line."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="expire-span-plan",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Predict parameters, memory by part and time of a run from a cost model, without data and before\n"

@@ -57,6 +57,7 @@ def frames(run: LoadedRun, num_steps: int, seed: int, width: int = 100) -> Itera
 
 def main() -> None:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="expire-span-play",
         description="Watch the agent of a run in corridor or portal, and what it still remembers.",
         epilog="The rows below the map go through the current episode, one character a timestep. seen: r, b an object, "

@@ -192,6 +192,7 @@ def _table(rows: pd.DataFrame) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console command; user errors are one line."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="expire-span-report",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Compare runs in a Markdown table: one row for each group of runs that differ only in the seed.",

@@ -18,6 +18,7 @@ LOSS_TOKENS = 100_000  # of the loss along the data, if several runs are compare
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console command; user errors are one line."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="expire-span-spans",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Write a page (HTML) and a picture (PNG) of what the model of a run remembers of a text: the\n"
