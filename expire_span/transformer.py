@@ -15,7 +15,7 @@ from .checks import check_integers, check_tokens
 from .kernels.dispatch import BACKENDS
 from .kernels.packed_layout import NEVER, sample_index
 from .memory.mechanism import Mechanism, accurate_sum, memory_size, visible_distances
-from .memory.packed import Memory, concatenate_parts, empty, from_dense, keep_rows, with_max_age
+from .memory.packed import Memory, concatenate_parts, counts_and_max_ages, empty, from_dense, keep_rows, with_max_age
 from .memory_attention import MemoryAttention
 from .output_heads import AdaptiveSoftmax, LinearHead, without_autocast
 
@@ -361,12 +361,6 @@ class Transformer(nn.Module):
     def weights_fingerprint(self) -> list[tuple[int, int]]:
         """Return a fingerprint that changes with the weights, except by writes to `.data` or a fused optimizer."""
         return [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
-
-
-def counts_and_max_ages(attended: list[Memory], keep: list[Tensor], next_step: Tensor) -> Tensor:
-    """Return how many memories each layer keeps, and the age of its oldest at the next block, (2, layers)."""
-    ages = [((next_step - memory.time) * mask).amax() for memory, mask in zip(attended, keep, strict=True)]
-    return torch.stack([torch.stack([mask.sum() for mask in keep]), torch.stack(ages)])
 
 
 def aggregate_metrics(layer_metrics: list[dict[str, Tensor]], memories: list[Memory]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ parts, one after another, so that each sample has rows in every part, and offset
 them becomes one packed memory again.
 """
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -60,6 +61,21 @@ def concatenate_parts(*memories: Memory) -> Memory:
     first_rows = accumulate((len(memory.time) for memory in memories[:-1]), initial=0)
     offsets = [torch.atleast_2d(memory.offsets) + first for memory, first in zip(memories, first_rows, strict=True)]
     return Memory(hidden, time, min_distance, torch.cat(offsets), kv)
+
+
+def counts_and_max_ages(memories: Sequence[Memory], keep: Sequence[Tensor], next_step: Tensor) -> Tensor:
+    """Find what `keep_rows` will leave of each layer, in one tensor, so that the device is waited for only once.
+
+    Args:
+        memories: One for each layer.
+        keep: (N,) bool for each layer, as `keep_rows` takes it.
+        next_step: Scalar, the timestep of the next block's first query.
+
+    Returns:
+        (2, layers): how many rows are kept, and the `max_age` of the oldest of them.
+    """
+    ages = [((next_step - memory.time) * mask).amax() for memory, mask in zip(memories, keep, strict=True)]
+    return torch.stack([torch.stack([mask.sum() for mask in keep]), torch.stack(ages)])
 
 
 def keep_rows(memory: Memory, keep: Tensor, num_kept: int | None = None) -> Memory:
