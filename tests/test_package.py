@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {"expire_span": "expire_span", "expire_span/tasks": "tasks", "expire_span/conf": "conf"}
+CODE = (".py", ".cpp", ".h", ".yaml", ".html", ".css", ".js")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_the_wheel_holds_every_source_and_config_and_no_other_top_level_name(whe
     assert {name.split("/")[0].split("-")[0] for name in names} <= {"expire_span"} | {wheel.name.split("-")[0]}
     for inside, source in SOURCES.items():
         for path in (ROOT / source).rglob("*"):
-            if path.suffix in (".py", ".cpp", ".h", ".yaml", ".html", ".css", ".js"):
+            if path.suffix in CODE:
                 assert f"{inside}/{path.relative_to(ROOT / source)}" in names
 
 
@@ -136,6 +137,14 @@ def test_help_is_this_projects_own_and_names_every_model(installed, tmp_path):
     assert "Transformers that learn what to forget" in out
     for words in ("evaluate=RUN", "resume=RUN", "model: adaptive_span, compressive, expire_span, trans_xl"):
         assert words in out
+
+
+def test_every_file_of_code_stays_below_400_lines():
+    folders = ("expire_span", "tasks", "conf", "scripts", "examples", "tests")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in CODE]
+    assert len(paths) > 200
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
+    assert {name: length for name, length in lengths.items() if length >= 400} == {}
 
 
 def test_the_readmes_python_runs():

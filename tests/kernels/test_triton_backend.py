@@ -12,9 +12,8 @@ import torch
 from assertions import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expire_span import Compressive, ExpireSpan, Transformer, TransformerConfig, span_attention
+from expire_span import ExpireSpan, Transformer, TransformerConfig, span_attention
 from expire_span.kernels.inputs import DIFFERENTIABLE, AttentionInputs
-from expire_span.memory.packed import concatenate, empty, from_dense
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
@@ -235,22 +234,6 @@ def test_integer_spans_with_a_hard_edge_and_pooled_memories_that_become_visible_
     )
     assert len(set(inputs.age.tolist())) < len(is_pooled)
     assert_equals_reference(inputs)
-
-
-def test_no_query_sees_two_memories_of_compressive_at_the_same_distance():
-    """The kernels store the gradient of rel and do not add to it, which is right only for different distances."""
-    model = Compressive(max_span=7, compressed_size=5, compression_rate=3)
-    block, now, memory = 4, 0, empty(2, 1, torch.zeros(1))
-    for _ in range(12):
-        time = now + torch.arange(block)
-        memory = concatenate(memory, model.pool(memory, time), from_dense(torch.zeros(2, block, 1), time))
-        now += block
-        first_sample = slice(int(memory.offsets[1]))
-        distance = (time[:, None] - memory.time)[:, first_sample]  # (T, S)
-        span, min_distance = model.span(memory)[first_sample, 0], memory.min_distance[first_sample]
-        visible = (distance >= min_distance) & (distance < span + model.ramp)  # (T, S)
-        for distances, seen in zip(distance, visible, strict=True):
-            assert len(set(distances[seen].tolist())) == seen.sum()
 
 
 def test_position_scores_of_some_samples_at_a_time_give_the_same(monkeypatch):

@@ -151,6 +151,22 @@ def test_max_reach_is_the_farthest_distance_at_which_a_token_changes_an_output(k
     assert model.max_reach(span_cap=5) == min(farthest, 4 + math.ceil(mechanism.ramp))
 
 
+def test_no_query_sees_two_memories_of_compressive_at_the_same_distance():
+    """So the Triton kernels may store the gradient of rel, and need not add to it."""
+    model = Compressive(max_span=7, compressed_size=5, compression_rate=3)
+    block, now, memory = 4, 0, empty(2, 1, torch.zeros(1))
+    for _ in range(12):
+        time = now + torch.arange(block)
+        memory = concatenate(memory, model.pool(memory, time), from_dense(torch.zeros(2, block, 1), time))
+        now += block
+        first_sample = slice(int(memory.offsets[1]))
+        distance = (time[:, None] - memory.time)[:, first_sample]  # (T, S)
+        span, min_distance = model.span(memory)[first_sample, 0], memory.min_distance[first_sample]
+        visible = (distance >= min_distance) & (distance < span + model.ramp)  # (T, S)
+        for distances, seen in zip(distance, visible, strict=True):
+            assert len(set(distances[seen].tolist())) == seen.sum()
+
+
 def test_expire_span_keeps_different_numbers_per_sample_and_layer(tokens):
     with torch.no_grad():
         _, state, _ = run_in_blocks(small_model("expire_span"), tokens, 16)

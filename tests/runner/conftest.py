@@ -1,10 +1,21 @@
-"""A text to train on, an empty run folder, and a full disk."""
+"""A text to train on, an empty run folder, runs of the paper's rows, and a full disk."""
 
+import json
 import resource
+import shutil
 import signal
 from contextlib import contextmanager
 
 import pytest
+from omegaconf import OmegaConf
+from tiny_config import compose_config
+from tiny_tables import LONG, preset_row
+
+from expire_span.paper_rows import row_config
+from expire_span.runner.config.schema import validate
+from expire_span.runner.run_folder.config_files import ConfigFiles
+from expire_span.runner.run_folder.summary import NO_SETTINGS
+from expire_span.runner.train import train
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -44,3 +55,32 @@ def full_disk():
             signal.signal(signal.SIGXFSZ, handler)
 
     return limit_file_size
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = validate(compose_config(*preset_row(LONG).overrides))
+    train(config, folder, config_files=ConfigFiles(config, {}, []).texts())
+    return folder
+
+
+@pytest.fixture
+def make_run(tmp_path, trained):
+    """Make the run of a row and a seed in `runs`: a copy of one that was trained, with the row's config."""
+
+    def make(row, seed, metrics=(), metric="accuracy"):
+        folder = shutil.copytree(trained, tmp_path / "runs/mini" / row.preset / f"seed{seed}")
+        summary = json.loads((folder / "summary.json").read_text())
+        config = row_config((*row.overrides, f"seed={seed}"))
+        OmegaConf.set_struct(config, False)
+        for section in ("hydra", *NO_SETTINGS):
+            config.pop(section, None)
+        summary["config"] = OmegaConf.to_container(config, resolve=True)
+        summary["protocol"]["seed"], summary["metric"] = seed, metric
+        summary["metrics"] |= dict(metrics)
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return folder
+
+    return make

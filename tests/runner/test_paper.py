@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import yaml
 from forked_command import forked_command
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
-from tiny_config import COPY, compose_config, config_options, tiny_config
+from tiny_config import tiny_config
+from tiny_tables import LONG, SHORT, TINY, all_rows, preset_row, table_of, two_rows
 
 from expire_span.paper_rows import Row, load_row, missing_seeds, paper_numbers, preset_content, row_config
 from expire_span.paper_tables import SIZES, Table, csv_rows, read_lines, read_table, table_names
-from expire_span.paper_tuning import choose, describe, factors, model_option, points
 from expire_span.runner.commands.paper import (
     Progress,
     content_hash,
@@ -25,68 +23,14 @@ from expire_span.runner.commands.paper import (
     select_tables,
     sweeps,
     text_path,
-    tuned_table,
     write_presets,
     write_table,
 )
 from expire_span.runner.config.schema import validate
 from expire_span.runner.run_folder.config_files import ConfigFiles, load_config
-from expire_span.runner.run_folder.summary import NO_SETTINGS
 from expire_span.runner.train import train
 
-SHORT, LONG = "table1_trans_xl_2k", "table1_expire_span_128k"
-TINY = (*COPY, "train.updates=2")
-
-
-def preset_row(preset, title="", seeds=(1, 2, 3), settings=TINY):
-    """A row of a preset, with the settings of a tiny run."""
-    return Row(preset, title, (f"experiment=mini/{preset}", *settings), paper_numbers(preset), tuple(seeds))
-
-
-def table_of(*rows, metrics=("test/accuracy",)):
-    return Table("table1", "Accuracy on copy", list(metrics), list(rows), command="expire-span-paper table1 size=mini")
-
-
-def two_rows(*seeds):
-    return table_of(preset_row(SHORT, "Transformer-XL", seeds), preset_row(LONG, "Expire-Span", seeds))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder of a run."""
-    folder = tmp_path_factory.mktemp("trained")
-    config = validate(compose_config(*preset_row(LONG).overrides))
-    train(config, folder, config_files=ConfigFiles(config, {}, []).texts())
-    return folder
-
-
-@pytest.fixture
-def make_run(tmp_path, trained):
-    """Make the run of a row and a seed in `runs`: a copy of one that was trained, with the row's config."""
-
-    def make(row, seed, metrics=(), metric="accuracy"):
-        folder = shutil.copytree(trained, tmp_path / "runs/mini" / row.preset / f"seed{seed}")
-        summary = json.loads((folder / "summary.json").read_text())
-        config = row_config((*row.overrides, f"seed={seed}"))
-        OmegaConf.set_struct(config, False)
-        for section in ("hydra", *NO_SETTINGS):
-            config.pop(section, None)
-        summary["config"] = OmegaConf.to_container(config, resolve=True)
-        summary["protocol"]["seed"], summary["metric"] = seed, metric
-        summary["metrics"] |= dict(metrics)
-        (folder / "summary.json").write_text(json.dumps(summary))
-        return folder
-
-    return make
-
-
-# A row of the user's own data needs a path, of a file that need not exist to compose its config.
-ROWS = {
-    (size, row.preset): row._replace(overrides=(*row.overrides, *(f"{key}=text.txt" for key in table.given)))
-    for size in SIZES
-    for table in (read_table(name, size) for name in table_names())
-    for row in table.rows
-}
+ROWS = all_rows()
 PRESETS = dict.fromkeys(row.preset for row in ROWS.values() if row.overrides == (f"experiment={row.preset}",))
 
 
@@ -239,80 +183,6 @@ def test_an_unfinished_run_is_a_hole_with_its_reason_and_what_was_not_measured_i
     text, _ = write_table(table_of(row, metrics=metrics), "mini", tmp_path / "runs", tmp_path / "out")
     assert "| 17.2 " in text  # the paper's peak memory
     assert "not measured" in text  # there is no GPU here
-
-
-@pytest.mark.parametrize("is_curve", [False, True])
-def test_the_tuning_of_every_model_has_the_same_number_of_points(is_curve):
-    numbers = set()
-    for model in config_options("model"):
-        of_model = factors(model, is_curve)
-        assert all(1 in values for values in of_model.values())  # the row's own settings are among them
-        number = 1
-        for values in of_model.values():
-            number *= len(values)
-        numbers.add(number)
-    assert len(numbers) == 1
-
-
-def kind_of_settings(row):
-    """What the tuned keys depend on: of Compressive also the task, whose blocks must fit its memory."""
-    content = preset_content(row.overrides)
-    of_compressive = content["defaults"] if model_option(row) == "compressive" else ""
-    return model_option(row), row.is_curve, tuple(content.get("model", ())), str(of_compressive)
-
-
-KINDS = {(size, kind_of_settings(row)): row for (size, _), row in ROWS.items()}
-
-
-@pytest.mark.parametrize("row", KINDS.values(), ids=lambda row: row.preset)
-def test_every_row_can_be_tuned_and_its_points_are_valid_settings(row):
-    tried = points(row)
-    configs = [validate(row_config(point.overrides)) for point in (tried[0], tried[-1])]
-    assert len({str(point.overrides) for point in tried}) == len(tried)
-    first, last = (
-        {key: OmegaConf.select(config, key) for key in factors(model_option(row), row.is_curve)} for config in configs
-    )
-    assert all(last[key] > first[key] for key in first)
-    for config in configs:
-        if config.model._target_.endswith("Compressive"):
-            instantiate(config.model).check_block_size(config.train.block_size)
-
-
-def test_the_point_that_is_best_in_validation_is_chosen_and_run_with_the_table_s_seeds(tmp_path, make_run):
-    row, runs = preset_row(LONG, "Expire-Span"), tmp_path / "runs"
-    tried = points(row)
-    nothing = choose(row, tried, "mini", runs)
-    assert nothing.row.overrides == ()  # nothing to launch
-    assert sweeps([nothing.row], "mini", runs, []) == []
-    best = next(point for point in tried if point.preset.endswith("lr_0.002_alpha_0.0003"))
-    for number, point in enumerate(tried[:-1]):
-        make_run(point, 0, {"valid/accuracy": 0.9 if point is best else 0.5, "test/accuracy": 0.1 * number})
-    unfinished = make_run(tried[-1], 0)
-    (unfinished / "summary.json").unlink()
-    make_run(row, 1)  # which was not tuned
-    some = choose(row, tried, "mini", runs)
-    assert some.row.overrides == ()  # with fewer points than the others it would not be a fair choice
-    lines, _ = read_lines(tuned_table(table_of(row), {row.preset: some}), "mini", runs)
-    assert lines[0].runs.empty
-    assert f"| Expire-Span | {len(tried) - 1} of {len(tried)} " in describe([some])
-    assert f"- Not finished: mini/{tried[-1].preset}/seed0: no summary.json" in describe([some])
-    (unfinished / "run.log").write_text("[ERROR] train/loss is nan at update 2; try a lower optimizer.lr\n")
-    choice = choose(row, tried, "mini", runs)  # a point that has diverged was tried, too
-    assert (choice.finished, choice.points, choice.metric, choice.value) == (len(tried) - 1, len(tried), "valid/accuracy", 0.9)
-    assert choice.row.overrides == best.overrides
-    assert choice.row.seeds == (1, 2, 3)
-    assert choice.row.preset == f"tuned/{LONG}/lr_0.002_alpha_0.0003"
-    assert choice.settings == {"optimizer.lr": "0.002", "memory.alpha": "0.0003"}
-
-
-def test_a_lower_error_is_the_better_one(tmp_path, make_run):
-    row = preset_row(LONG)
-    tried = points(row)
-    for number, point in enumerate(tried):
-        make_run(point, 0, {"valid/error": 0.2 if number == 1 else 0.3}, metric="error")
-    choice = choose(row, tried, "mini", tmp_path / "runs")
-    assert choice.row.overrides == tried[1].overrides
-    assert choice.settings["optimizer.lr"] == "0.0005 (lowest tried)"  # a still lower one may be better
 
 
 def test_settings_that_two_tables_share_are_run_once():
