@@ -22,10 +22,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .actions import ActionDistribution, Categorical
+
 SPLITS = ("train", "valid", "test")
 METRICS = ("bpb", "bpc", "ppl", "accuracy", "error")  # bits per byte or character, perplexity; shares from 0 to 1
 LOWER_IS_BETTER = ("bpb", "bpc", "ppl", "error")  # of all other metrics, also an RLTask's, more is better
 SCORINGS = ("token", "sequence", "line")
+AutoresetMode = Literal["same_step", "next_step"]
 IGNORE_INDEX = -100  # a target that is not scored, as in torch.nn.functional.cross_entropy
 
 
@@ -103,13 +106,25 @@ class Task(TaskDefaults, ABC):
 
 
 class Envs(Protocol):
-    """Environments that step together, as tensors on one device; an episode that ends is reset at once."""
+    """Environments that step together, as tensors on one device; an episode that ends is followed by a new one.
+
+    The new one begins either at once (Gymnasium's AutoresetMode.SAME_STEP), or in the next step (NEXT_STEP): then the
+    last observation of the old one is seen for a timestep, in which no action is taken.
+    """
 
     num_envs: int
 
     @property
     def episode_info(self) -> Mapping[str, Tensor]:
-        """After a step: success, episode_return and so on, (B,) each, to be read where the step ended the episode."""
+        """After a step, (B,) each, to be read where the step ended the episode.
+
+        episode_return, episode_length (timesteps), truncated (bool: ended by a limit of time alone), and others.
+        """
+        ...
+
+    @property
+    def resetting(self) -> Tensor:
+        """(B,) bool: which environments show the last observation of an episode, and will ignore the next action."""
         ...
 
     @property
@@ -122,7 +137,11 @@ class Envs(Protocol):
         ...
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Take actions (B,) int64; return rewards (B,) float32 and done (B,) bool."""
+        """Take actions (B,) int64, or as the task's distribution has them.
+
+        Returns:
+            rewards (B,) float32, and done (B,) bool: the episode was terminated or truncated in this step.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -139,12 +158,16 @@ class Envs(Protocol):
 class RLTask(TaskDefaults, ABC):
     """A task in which the model acts in environments, and is trained by actor-critic.
 
-    `vocab_size` is the length of an observation; `num_classes` is num_actions + 1: the model outputs one logit for each
-    action, and the value. `metric` is any key of `Envs.episode_info`.
+    `vocab_size` is the length of an observation. `num_classes` is the number of the model's outputs: what
+    `action_distribution` takes, by default one logit for each action, and last the value. `metric` is any key of
+    `Envs.episode_info`.
     """
 
-    num_actions: int
     progress_metric: str  # the key of Envs.episode_info whose mean `update_curriculum` receives
+
+    def action_distribution(self, outputs: Tensor) -> ActionDistribution:
+        """The policy, from the model's outputs without the value: (..., num_classes - 1)."""
+        return Categorical(outputs)
 
     @abstractmethod
     def make_envs(
@@ -155,6 +178,7 @@ class RLTask(TaskDefaults, ABC):
         split: str = "train",
         first: int = 0,
         total: int | None = None,
+        autoreset_mode: AutoresetMode = "same_step",
     ) -> Envs:
         """Return `num_envs` environments at the start of their first episodes.
 
@@ -163,4 +187,6 @@ class RLTask(TaskDefaults, ABC):
             split: One of SPLITS: "train" follows the curriculum; "valid" and "test" are at full difficulty.
             first, total: Given where several processes share `total` environments: these are the ones from number
                 `first` on, and must behave as they do in a process that has all.
+            autoreset_mode: When an episode that ended is followed by a new one, see `Envs`. "next_step" is given only
+                with `actor_critic.bootstrap_truncated`, which needs the last observations.
         """

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import SPLITS, RLTask
+from .base import SPLITS, AutoresetMode, RLTask
 
 UP, RIGHT, DOWN, LEFT = range(4)
 RED, BLUE = range(2)
@@ -76,12 +76,15 @@ class Gridworld(RLTask):
         split: str = "train",
         first: int = 0,
         total: int | None = None,
+        autoreset_mode: AutoresetMode = "same_step",
     ) -> "GridworldEnvs":
         if num_envs < 1:
             raise ValueError(f"there must be at least 1 environment, got {num_envs}")
         mixed = np.random.SeedSequence([self.seed, SPLITS.index(split), seed]).generate_state(1, np.uint64)
         draws = Draws(torch.Generator(device).manual_seed(int(mixed[0])), first, num_envs, total or num_envs)
-        return self.create_envs(draws, split == "train")
+        envs = self.create_envs(draws, split == "train")
+        envs.autoreset_mode = autoreset_mode
+        return envs
 
     @abstractmethod
     def create_envs(self, draws: "Draws", train: bool) -> "GridworldEnvs":
@@ -133,6 +136,8 @@ class GridworldEnvs(ABC):
         episode: what the episodes consist of, tensors (B, ...). Steps replace them and never write into them.
         episode_info: after each step, (B,) each, to be read where the step was the last of its episode: success,
             episode_return, episode_length (timesteps), truncated (ended by max_episode_steps alone) ...
+        resetting: (B,) bool, see `Envs`.
+        autoreset_mode: "same_step" or "next_step", see `Envs`.
     """
 
     def __init__(self, task: Gridworld, draws: Draws, train: bool):
@@ -141,6 +146,8 @@ class GridworldEnvs(ABC):
         self.last_action_words = torch.eye(task.num_actions + 1, device=self.device)[:, 1:]  # (5, 4): row 0 is none yet
         self.zeros = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         self.episode_info: dict[str, Tensor] = {}
+        self.autoreset_mode: AutoresetMode = "same_step"
+        self.resetting = self.zeros.bool()
         self.episode = SimpleNamespace(**self.initial_episodes())
 
     @property
@@ -190,10 +197,15 @@ class GridworldEnvs(ABC):
 
         Returns:
             reward: (B,) float32.
-            done: (B,) bool: the episode was terminated or truncated, and a new one has begun.
+            done: (B,) bool: the episode was terminated or truncated, and a new one begins, now or in the next step.
         """
         reward, done = self.step_without_reset(action)
-        self.reset(done)
+        if self.autoreset_mode == "same_step":
+            self.reset(done)
+            return reward, done
+        reward, done = reward * ~self.resetting, done & ~self.resetting
+        self.reset(self.resetting)
+        self.resetting = done
         return reward, done
 
     def step_without_reset(self, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +237,10 @@ class GridworldEnvs(ABC):
         return {**counters, **self.sample_episodes()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.draws.generator.get_state(), "per_env": dict(vars(self.episode))}
+        per_env = dict(vars(self.episode))
+        if self.autoreset_mode == "next_step":
+            per_env["resetting"] = self.resetting
+        return {"generator": self.draws.generator.get_state(), "per_env": per_env}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved = len(state["per_env"]["steps"])
@@ -233,7 +248,9 @@ class GridworldEnvs(ABC):
             limits = f"{saved} environments as in the checkpoint, got {self.num_envs}"
             raise ValueError(f"train.batch_size must be {limits}")
         self.draws.generator.set_state(state["generator"].cpu())
-        self.episode = SimpleNamespace(**{name: value.to(self.device) for name, value in state["per_env"].items()})
+        per_env = {name: value.to(self.device) for name, value in state["per_env"].items()}
+        self.resetting = per_env.pop("resetting", self.resetting)
+        self.episode = SimpleNamespace(**per_env)
 
     def render(self, env: int = 0, width: int = 78) -> str:
         """Draw one environment as text, at most `width` columns of it around the agent."""

@@ -15,7 +15,8 @@ from expire_span.runner.objectives.actor_critic import (
     policy_and_value,
 )
 from expire_span.runner.train import interval_metrics, train, train_step
-from expire_span.runner.trainer import Trainer
+from expire_span.runner.trainer import Trainer, build_task
+from expire_span.tasks.actions import Categorical
 
 
 def act(model, state, envs, generator, num_steps):
@@ -41,8 +42,8 @@ def test_acting_step_by_step_and_learning_from_the_block_give_the_same_log_proba
     for _ in range(48 // block_size):
         rollout, acting_state = act(trainer.model, state, objective.envs, objective.generator, block_size)
         outputs, learning_state, _ = trainer.model(rollout["observation"], state, rollout["reach"])
-        log_probs, value = policy_and_value(outputs)
-        assert_equal("log prob", log_probs.gather(-1, rollout["action"][..., None])[..., 0], rollout["log_prob"])
+        policy, value = policy_and_value(outputs, trainer.task.action_distribution)
+        assert_equal("log prob", policy.log_prob(rollout["action"]), rollout["log_prob"])
         assert_equal("value", value, rollout["value"])
         for acting_memory, learning_memory in zip(acting_state["layers"], learning_state["layers"], strict=True):
             assert torch.equal(acting_memory.offsets, learning_memory.offsets)
@@ -50,23 +51,69 @@ def test_acting_step_by_step_and_learning_from_the_block_give_the_same_log_proba
     assert (rollout["reach"].amax(1) < 48).any()  # some streams began a new episode on the way
 
 
-def test_advantages_equal_those_of_a_loop_over_each_episode():
+@pytest.mark.parametrize("bootstrap_truncated", [False, True])
+def test_advantages_equal_those_of_a_loop_over_each_episode(bootstrap_truncated):
     generator = torch.Generator().manual_seed(0)
-    rollout = {name: torch.randn(3, 12, generator=generator, dtype=torch.double) for name in ("reward", "value")}
-    rollout["done"] = torch.rand(3, 12, generator=generator) < 0.2
-    rollout["next_value"] = torch.randn(3, generator=generator).double()
-    advantages = compute_gae(rollout, discount=0.9, gae_lambda=0.8)
-    for b in range(3):
+    rollout = {name: torch.randn(5, 20, generator=generator, dtype=torch.double) for name in ("reward", "value")}
+    rollout["done"] = torch.rand(5, 20, generator=generator) < 0.3
+    rollout["truncated"] = rollout["done"] & (torch.rand(5, 20, generator=generator) < 0.5)
+    rollout["next_value"] = torch.randn(5, generator=generator).double()
+    advantages = compute_gae(rollout, 0.9, 0.8, bootstrap_truncated)
+    for b in range(5):
         values = [*rollout["value"][b].tolist(), rollout["next_value"][b].item()]
-        for t in range(12):
+        for t in range(20):
             total, weight = 0.0, 1.0
-            for k in range(t, 12):
-                done = bool(rollout["done"][b, k])
-                total += weight * (rollout["reward"][b, k].item() + (0 if done else 0.9 * values[k + 1]) - values[k])
+            for k in range(t, 20):
+                done, truncated = bool(rollout["done"][b, k]), bool(rollout["truncated"][b, k])
+                goes_on = not done or (truncated and bootstrap_truncated)
+                total += weight * (rollout["reward"][b, k].item() + goes_on * 0.9 * values[k + 1] - values[k])
                 weight *= 0.9 * 0.8
                 if done:
                     break
             assert advantages[b, t].item() == pytest.approx(total)
+
+
+@pytest.mark.parametrize("task", ["corridor", "portal"])
+def test_with_bootstrapping_each_episode_shows_its_last_observation_and_nothing_is_learned_from_that(task, tmp_path):
+    config = tiny_config("actor_critic.bootstrap_truncated=true", "train.block_size=200", task=task)
+    trainer = Trainer(config, tmp_path)
+    block = trainer.objective.next_block(trainer.model, trainer.states)
+    assert block["truncated"].any()
+    assert torch.equal(block["resetting"][:, 1:], block["done"][:, :-1])
+    assert torch.equal(block["reach"][:, 1:] == 0, block["resetting"][:, :-1])
+    assert not (block["done"] | (block["reward"] != 0))[block["resetting"]].any()
+    assert torch.equal(block["weight"] == 0, block["resetting"])
+    assert block["weight"].mean().item() == pytest.approx(1)
+
+    def gradient(name):
+        part = block[name].clone().requires_grad_()
+        trainer.objective.epoch = 0
+        loss = trainer.objective.loss(trainer.model, block | {name: part}, trainer.states, 0, 0.0, 0.0)
+        return torch.autograd.grad(loss, part)[0]
+
+    for name in ("advantage", "return"):
+        assert torch.equal(gradient(name) == 0, block["resetting"])
+
+
+@pytest.mark.parametrize("task", ["corridor", "portal"])
+def test_episodes_that_show_their_last_observation_are_otherwise_the_same(task):
+    env_task = build_task(tiny_config(task=task))
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(20):
+        plain = env_task.make_envs(1, seed=seed)
+        delayed = env_task.make_envs(1, seed=seed, autoreset_mode="next_step")
+        assert torch.equal(plain.observe(), delayed.observe())
+        assert plain.steps == delayed.steps == 0
+        done = False
+        while not done:
+            action = torch.randint(4, (1,), generator=generator)
+            (reward, done), delayed_step = plain.step(action), delayed.step(action)
+            assert (reward, done) == delayed_step
+            assert plain.episode_info == delayed.episode_info
+        assert delayed.resetting
+        assert delayed.steps == plain.episode_info["episode_length"]
+        reward, done = delayed.step(action)
+        assert (reward, done, delayed.steps, delayed.resetting) == (0, False, 0, False)
 
 
 def test_with_one_epoch_the_gradient_is_that_of_plain_actor_critic(tmp_path):
@@ -82,9 +129,9 @@ def test_with_one_epoch_the_gradient_is_that_of_plain_actor_critic(tmp_path):
     again.model.load_state_dict(trainer.model.state_dict())
     num_steps, settings = trainer.config.train.block_size, trainer.config.actor_critic
     rollout, _ = act(again.model, start, again.objective.envs, again.objective.generator, num_steps)
-    log_probs, _ = policy_and_value(again.model(rollout["observation"], start, rollout["reach"])[0])
+    policy, _ = policy_and_value(again.model(rollout["observation"], start, rollout["reach"])[0], Categorical)
     advantages = compute_gae(rollout, settings.discount, settings.gae_lambda)
-    surrogate = -(log_probs.gather(-1, rollout["action"][..., None])[..., 0] * advantages).mean()
+    surrogate = -(policy.log_prob(rollout["action"]) * advantages).mean()
     assert_equal("gradient", gradient, torch.autograd.grad(surrogate, again.model.output_head.weight)[0])
 
 
@@ -111,9 +158,10 @@ def test_each_rollout_is_used_for_as_many_updates_as_there_are_epochs(tmp_path):
     assert timesteps == [0, 0, 16, 16, 16, 32, 32]
 
 
-@pytest.mark.parametrize("task", ["corridor", "portal"])
-def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(task, tmp_path):
-    config = tiny_config("actor_critic.update_epochs=2", "train.updates=6", task=task)
+@pytest.mark.parametrize(("task", "bootstrap_truncated"), [("corridor", False), ("corridor", True), ("portal", False)])
+def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(task, bootstrap_truncated, tmp_path):
+    bootstrap = f"actor_critic.bootstrap_truncated={bootstrap_truncated}"
+    config = tiny_config("actor_critic.update_epochs=2", "train.updates=6", bootstrap, task=task)
     uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
     for folder in (uninterrupted, interrupted):
         folder.mkdir()
@@ -180,6 +228,6 @@ def test_success_is_also_given_by_the_length_of_the_corridor_beyond_the_lengths_
 
 def test_actions_are_drawn_as_by_multinomial():
     log_probs = torch.randn(5, 3).log_softmax(-1)
-    drawn = ActionSampler(torch.Generator().manual_seed(1), slice(0, 5), 5)(log_probs)
+    drawn = Categorical(log_probs).sample(ActionSampler(torch.Generator().manual_seed(1), slice(0, 5), 5))
     expected = torch.multinomial(log_probs.exp(), 1, generator=torch.Generator().manual_seed(1))[:, 0]
     assert torch.equal(drawn, expected)

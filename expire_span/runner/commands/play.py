@@ -10,10 +10,10 @@ import torch
 from expire_span.tasks.gridworld import Gridworld, landmark_in_view
 
 from ...analysis import memory_contents
+from ...output_heads import at_least_float32
 from ..config.schema import validate
 from ..errors import exit_with_message
 from ..load_run import LoadedRun, load_run
-from ..objectives.actor_critic import policy_and_value
 from ..run_folder.config_files import load_config
 
 ACTIONS = {"^": "up", ">": "right", "v": "down", "<": "left"}  # actions 0 to 3
@@ -33,7 +33,8 @@ def frames(run: LoadedRun, num_steps: int, seed: int, width: int = 100) -> Itera
     for _ in range(num_steps):
         observation, reach = envs.observe(), envs.steps
         outputs, state, _ = run.model(observation[:, None], state, reach[:, None])
-        log_probs, value = policy_and_value(outputs[0, 0])  # (actions,), ()
+        outputs = at_least_float32(outputs[0, 0])  # (num_classes,)
+        log_probs, value = outputs[:-1].log_softmax(-1), outputs[-1]  # (actions,), ()
         action = torch.multinomial(log_probs.exp(), 1, generator=generator)  # (1,)
         arrow = list(ACTIONS)[int(action)]
         observations, actions = observations + landmark_in_view(run.task, observation[0]), actions + arrow

@@ -79,6 +79,7 @@ class ActorCriticConfig:
     clip_coef: float
     update_epochs: int
     normalize_advantage: bool
+    bootstrap_truncated: bool = False
 
 
 @dataclass

@@ -1,24 +1,28 @@
 """Actor-critic: collect a rollout of one block, then learn from it through the whole block (section A.2.2).
 
-    delta_t = r_t + discount V_{t+1} - V_t              within the episode
+    delta_t = r_t + discount V_{t+1} - V_t              within the episode; at its end V_{t+1} is 0
     A_t     = sum_k (discount gae_lambda)^k delta_{t+k}        generalized advantage estimation (GAE)
     ratio   = pi(a_t) / pi_old(a_t)
     loss    = -min(ratio A, clip(ratio, 1 - c, 1 + c) A) + value_coef (V_t - R_t)^2 / 2 - entropy_coef H,  R = A + V_old
 
 With one epoch and no dropout the ratio is 1, and this is plain actor-critic (A2C); with more epochs it is PPO.
-An episode that is truncated by its time limit is treated like one that terminates (our choice).
-The model's outputs are the action logits and, last, the value. Memories of earlier episodes are out of reach.
+An episode that is truncated by its time limit is treated like one that terminates (our choice), or, with
+`bootstrap_truncated`, V_{t+1} is the value of its last observation: the environments then show that for one more
+timestep, in which no action is taken, and from which nothing is learned.
+The model's outputs are those of the task's distribution of actions and, last, the value. Memories of earlier episodes
+are out of reach.
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from expire_span.tasks.actions import ActionDistribution, Categorical
 from expire_span.tasks.base import Envs, RLTask
 
 from ...output_heads import at_least_float32
@@ -30,7 +34,8 @@ from ..logging.performance import StepTimer
 from ..micro_batches import MicroBatches, evaluation_states
 from ..ranks import max_numbers, own_streams, sum_tensor, world_size
 
-Rollout = dict[str, Tensor]  # (B, T) each; observation (B, T, vocab_size); next_value (B,)
+Rollout = dict[str, Tensor]  # (B, T) each; observation (B, T, vocab_size); action (B, T) or (B, T, k); next_value (B,)
+Distribution = Callable[[Tensor], ActionDistribution]
 
 
 class ActorCritic:
@@ -58,7 +63,8 @@ class ActorCritic:
         self.task, self.config, self.device, self.averager, self.timer = task, config, device, averager, timer
         self.streams = own_streams(config.train.batch_size, "train.batch_size")
         own_streams(config.eval.batch_size, "eval.batch_size")
-        self.envs = own_envs(task, config.train.batch_size, device, "train")
+        options = {"autoreset_mode": "next_step"} if config.actor_critic.bootstrap_truncated else {}
+        self.envs = own_envs(task, config.train.batch_size, device, "train", **options)
         self.generator = torch.Generator(device).manual_seed(config.seed)  # of actions, the same on all ranks
         self.rollout: Rollout = {}
         self.epoch = 0  # how often the rollout has been learned from
@@ -70,12 +76,13 @@ class ActorCritic:
         if not self.rollout:
             start = self.timer.now()
             current = list(states)  # acting leaves the memories as they are: learning goes through the block once more
-            sampler = ActionSampler(self.generator, self.streams, self.config.train.batch_size)
+            num_envs, distribution = self.config.train.batch_size, self.task.action_distribution
+            sampler = ActionSampler(self.generator, self.streams, num_envs, distribution)
             with autocast(self.config, self.device):
                 self.rollout, episodes = collect_rollout(
                     model, current, states.rows, self.envs, sampler, self.config.train.block_size
                 )
-            add_advantages(self.rollout, self.config.actor_critic, self.config.train.batch_size)
+            add_advantages(self.rollout, self.config.actor_critic)
             self.timer.add("rollout", start)
             self.blocks += 1
             episodes = {name: value for name, value in episodes.items() if name.startswith("rl/")}
@@ -91,17 +98,19 @@ class ActorCritic:
         settings, is_last = self.config.actor_critic, index == len(states) - 1
         rows = states.rows[index]
         part = {name: values[rows] for name, values in rollout.items()}
+        weight = part["weight"]  # (B, T)
         share = (rows.stop - rows.start) / self.config.train.batch_size
         with autocast(self.config, self.device):
             outputs, next_state, metrics = model(part["observation"], states[index], part["reach"])
-        log_probs, values = policy_and_value(outputs)  # (B, T, actions), (B, T)
+        policy, values = policy_and_value(outputs, self.task.action_distribution)  # of (B, T) timesteps, (B, T)
 
-        log_ratio = log_probs.gather(-1, part["action"][..., None])[..., 0] - part["log_prob"]  # (B, T)
+        log_ratio = policy.log_prob(part["action"]) - part["log_prob"]  # (B, T)
         ratio = log_ratio.exp()
         clipped_ratio = ratio.clamp(1 - settings.clip_coef, 1 + settings.clip_coef)
-        policy_loss = -torch.minimum(ratio * part["advantage"], clipped_ratio * part["advantage"]).mean()
-        value_loss = (values - part["return"]).square().mean() / 2
-        entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+        surrogate = torch.minimum(ratio * part["advantage"], clipped_ratio * part["advantage"])  # (B, T)
+        policy_loss = -(surrogate * weight).mean()
+        value_loss = ((values - part["return"]).square() * weight).mean() / 2
+        entropy = (policy.entropy() * weight).mean()
         entropy_coef = settings.entropy_coef + (settings.final_entropy_coef - settings.entropy_coef) * progress
         loss = policy_loss + settings.value_coef * value_loss - entropy_coef * entropy
         span_loss = span_loss_scale * metrics.pop("span_loss")
@@ -119,8 +128,8 @@ class ActorCritic:
                 "train/value_loss": value_loss.detach(),
                 "train/entropy": entropy.detach(),
                 "train/span_loss": span_loss.detach(),
-                "train/approx_kl": (ratio - 1 - log_ratio).mean(),
-                "train/clip_fraction": ((ratio - 1).abs() > settings.clip_coef).float().mean(),
+                "train/approx_kl": ((ratio - 1 - log_ratio) * weight).mean(),
+                "train/clip_fraction": (((ratio - 1).abs() > settings.clip_coef) * weight).mean(),
             }
             self.averager.add_share(metrics, share, is_first=index == 0)
         return (loss + span_loss) * share
@@ -165,7 +174,8 @@ class ActorCritic:
         num_envs, block_size, span_cap = config.eval.batch_size, config.eval.block_size, config.eval.span_cap
         streams = own_streams(num_envs, "eval.batch_size")
         envs = own_envs(task, num_envs, device, split)
-        sampler = ActionSampler(torch.Generator(device).manual_seed(config.seed), streams, num_envs)
+        generator = torch.Generator(device).manual_seed(config.seed)
+        sampler = ActionSampler(generator, streams, num_envs, task.action_distribution)
         states = evaluation_states(model, config, streams.stop - streams.start)
         current, averager = list(states), RunningMeans()
         by_distance = AccuracyByDistance(device, model.max_reach(span_cap))
@@ -205,6 +215,8 @@ class ActorCritic:
         self.envs.load_state_dict({**state["envs"], "per_env": streams_state["envs"]})
         self.generator.set_state(state["generator"].cpu())
         self.rollout = {name: tensor.to(self.device) for name, tensor in streams_state["rollout"].items()}
+        if self.rollout and "weight" not in self.rollout:  # it was saved before there were weights
+            self.rollout["weight"] = torch.ones_like(self.rollout["advantage"])
         self.epoch, self.blocks = state["epoch"], state["blocks"]
         self.progress.load_values(state["progress"])
 
@@ -212,22 +224,31 @@ class ActorCritic:
 class ActionSampler:
     """Draws actions for the environments of all ranks, and keeps those of its own, so that ranks act as one process."""
 
-    def __init__(self, generator: torch.Generator, streams: slice, num_envs: int):
-        self.generator, self.streams, self.num_envs = generator, streams, num_envs
+    def __init__(
+        self,
+        generator: torch.Generator,
+        streams: slice,
+        num_envs: int,
+        distribution: Distribution = Categorical,
+    ):
+        self.generator, self.streams, self.num_envs, self.distribution = generator, streams, num_envs, distribution
 
-    def __call__(self, log_probs: Tensor) -> Tensor:
-        """One action for each row of log-probabilities (B, actions): (B,)."""
-        probs = log_probs.exp()
-        noise = probs.new_empty(self.num_envs, probs.shape[1]).exponential_(generator=self.generator)
-        return (probs / noise[self.streams]).argmax(1)  # as torch.multinomial draws a single sample
+    def exponential(self, like: Tensor) -> Tensor:
+        """Exponentially distributed noise, of the shape of `like` (B, n)."""
+        return like.new_empty(self.num_envs, like.shape[1]).exponential_(generator=self.generator)[self.streams]
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Normally distributed noise, of the shape of `like` (B, n)."""
+        return like.new_empty(self.num_envs, like.shape[1]).normal_(generator=self.generator)[self.streams]
 
 
-def own_envs(task: RLTask, num_envs: int, device: torch.device, split: str) -> Envs:
+def own_envs(task: RLTask, num_envs: int, device: torch.device, split: str, **options: Any) -> Envs:
     """This rank's share of the environments. Only several ranks need a task that can divide them."""
     if world_size() == 1:
-        return task.make_envs(num_envs, device, split=split)
+        return task.make_envs(num_envs, device, split=split, **options)
     streams = own_streams(num_envs, "the number of environments")
-    return task.make_envs(streams.stop - streams.start, device, split=split, first=streams.start, total=num_envs)
+    options |= {"first": streams.start, "total": num_envs}
+    return task.make_envs(streams.stop - streams.start, device, split=split, **options)
 
 
 @torch.no_grad()
@@ -257,8 +278,8 @@ def collect_rollout(
     steps, sums = [], MetricAverager()
     model.eval()
 
-    def act(states: list[State]) -> tuple[Tensor, Tensor, list[State]]:
-        """Log-probabilities (B, actions), values (B,), and the states after this timestep."""
+    def act(states: list[State]) -> tuple[ActionDistribution, Tensor, list[State]]:
+        """The policy, values (B,), and the states after this timestep."""
         observation, reach = envs.observe()[:, None], envs.steps[:, None]  # (B, 1, vocab_size), (B, 1)
         outputs, next_states = [], []
         for index, part in enumerate(rows):
@@ -266,21 +287,23 @@ def collect_rollout(
             outputs.append(output[:, 0])
             next_states.append(state)
             sums.add_share(metrics, (part.stop - part.start) / sampler.num_envs, is_first=index == 0)
-        return *policy_and_value(torch.cat(outputs)), next_states
+        return *policy_and_value(torch.cat(outputs), sampler.distribution), next_states
 
     for step in range(num_steps):
-        observation, reach = envs.observe(), envs.steps  # (B, vocab_size), (B,)
-        log_probs, value, states[:] = act(states)
-        action = sampler(log_probs)  # (B,)
+        observation, reach, resetting = envs.observe(), envs.steps, envs.resetting  # (B, vocab_size), (B,), (B,)
+        policy, value, states[:] = act(states)
+        action = policy.sample(sampler)  # (B,), or (B, k)
         reward, done = envs.step(action)  # (B,), (B,)
         steps.append({
             "observation": observation,
             "reach": reach,
             "action": action,
-            "log_prob": log_probs.gather(1, action[:, None])[:, 0],
+            "log_prob": policy.log_prob(action),
             "value": value,
             "reward": reward,
             "done": done,
+            "truncated": done & envs.episode_info["truncated"],
+            "resetting": resetting,
         })  # fmt: skip
         counted = done & (step + 1 - envs.episode_info["episode_length"] < max_start_step)  # (B,)
         episodes = {f"rl/{name}": (value.float() * counted).sum() for name, value in envs.episode_info.items()}
@@ -293,32 +316,43 @@ def collect_rollout(
     return rollout, means
 
 
-def policy_and_value(outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Split model outputs (..., actions + 1) into log-probabilities (..., actions) and value (...)."""
+def policy_and_value(outputs: Tensor, distribution: Distribution) -> tuple[ActionDistribution, Tensor]:
+    """Split model outputs (..., num_classes) into the policy and the value (...)."""
     outputs = at_least_float32(outputs)
-    return outputs[..., :-1].log_softmax(-1), outputs[..., -1]
+    return distribution(outputs[..., :-1]), outputs[..., -1]
 
 
-def add_advantages(rollout: Rollout, settings: DictConfig, num_envs: int) -> None:
-    """Add the advantages and returns, (B, T); normalized over the environments of all ranks, if the settings say so."""
-    advantages = compute_gae(rollout, settings.discount, settings.gae_lambda)
+def add_advantages(rollout: Rollout, settings: DictConfig) -> None:
+    """Add advantages, returns and weights, (B, T) each.
+
+    Advantages are normalized over the environments of all ranks, if the settings say so. Timesteps in which no action
+    was taken have weight 0, all others the same, of which the mean over all ranks is 1.
+    """
+    advantages = compute_gae(rollout, settings.discount, settings.gae_lambda, settings.bootstrap_truncated)
     rollout["return"] = advantages + rollout["value"]
+    acted = (~rollout["resetting"]).to(advantages.dtype)  # (B, T)
+    count, size = (sum_tensor(values.sum()) for values in (acted, torch.ones_like(acted)))
     if settings.normalize_advantage:
-        count = num_envs * advantages.shape[1]
-        centered = advantages - sum_tensor(advantages.sum()) / count
-        std = (sum_tensor(centered.square().sum()) / (count - 1)).sqrt()
+        centered = advantages - sum_tensor((advantages * acted).sum()) / count
+        std = (sum_tensor((centered * acted).square().sum()) / (count - 1)).sqrt()
         advantages = centered / (std + 1e-8)
     rollout["advantage"] = advantages
+    rollout["weight"] = acted * (size / count)
 
 
-def compute_gae(rollout: Rollout, discount: float, gae_lambda: float) -> Tensor:
-    """Generalized advantage estimates (B, T); nothing is propagated across the end of an episode."""
+def compute_gae(rollout: Rollout, discount: float, gae_lambda: float, bootstrap_truncated: bool = False) -> Tensor:
+    """Generalized advantage estimates (B, T); no advantage is propagated across the end of an episode.
+
+    Args:
+        bootstrap_truncated: whether the value after a truncated episode counts, which is that of its last observation.
+    """
+    terminated = rollout["done"] & ~rollout["truncated"] if bootstrap_truncated else rollout["done"]  # (B, T)
     advantages, next_value = torch.zeros_like(rollout["value"]), rollout["next_value"]
     next_advantage = torch.zeros_like(next_value)  # (B,)
     for t in reversed(range(advantages.shape[1])):
-        nonterminal = (~rollout["done"][:, t]).to(next_value.dtype)  # (B,)
+        nonterminal, not_done = ((~ended[:, t]).to(next_value.dtype) for ended in (terminated, rollout["done"]))
         td_error = rollout["reward"][:, t] + discount * next_value * nonterminal - rollout["value"][:, t]
-        next_advantage = td_error + discount * gae_lambda * nonterminal * next_advantage
+        next_advantage = td_error + discount * gae_lambda * not_done * next_advantage
         advantages[:, t], next_value = next_advantage, rollout["value"][:, t]
     return advantages
 
