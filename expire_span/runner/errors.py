@@ -56,14 +56,19 @@ def exit_with_message(error: Exception) -> NoReturn:
     """Print user errors as one line and exit with code 1; let unexpected exceptions show their traceback."""
     error = root_cause(error)
     is_user_error = isinstance(error, USER_ERRORS)
-    message = one_line(error) if is_user_error else f"{type(error).__name__}: {one_line(error)}"
-    if not is_reporter(message) and is_user_error and not SHOW_TRACEBACK:
+    if not is_reporter(described(error)) and is_user_error and not SHOW_TRACEBACK:
         sys.exit(1)
-    if SHOW_TRACEBACK or not isinstance(error, USER_ERRORS):
+    if SHOW_TRACEBACK or not is_user_error:
         raise error
     if isinstance(error, BrokenPipeError):  # the reader, such as head, has closed the pipe
         os._exit(1)
-    sys.exit(f"error: {shortened(explained(error))}")
+    sys.exit(f"error: {described(error)}")
+
+
+def described(error: Exception) -> str:
+    """An error in one line that is not too long: a user's explained, an unexpected one with the name of its class."""
+    is_user_error = isinstance(error, USER_ERRORS)
+    return shortened(explained(error) if is_user_error else f"{type(error).__name__}: {one_line(error)}")
 
 
 def explained(error: Exception) -> str:

@@ -1,7 +1,9 @@
 """The paper's tables by one command: what is missing is run, once; the paper's numbers stand beside ours."""
 
 import json
+import os
 import re
+import signal
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,19 +15,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from tiny_config import tiny_config
 from tiny_tables import LONG, SHORT, TINY, all_rows, preset_row, table_of, two_rows
+from wait import wait_for_lines
 
 from expire_span.paper_rows import Row, load_row, missing_seeds, paper_numbers, preset_content, row_config
-from expire_span.paper_tables import SIZES, Table, csv_rows, read_lines, read_table, table_names
-from expire_span.runner.commands.paper import (
-    Progress,
-    content_hash,
-    launch,
-    select_tables,
-    sweeps,
-    text_path,
-    write_presets,
-    write_table,
-)
+from expire_span.paper_sweeps import Progress, launch, sweeps, write_presets
+from expire_span.paper_tables import SIZES, Table, csv_rows, read_lines, read_table, table_content, table_names
+from expire_span.runner.commands.paper import content_hash, main, select_tables, text_path, write_table
 from expire_span.runner.config.schema import validate
 from expire_span.runner.run_folder.config_files import ConfigFiles, load_config
 from expire_span.runner.train import train
@@ -269,3 +264,46 @@ def test_bad_input_and_holes_are_one_line_and_a_code(arguments, message, tmp_pat
     assert len(ended.stderr.splitlines()) == 1
     assert message in ended.stderr
     assert "--no-launch" in arguments or not any((tmp_path / "work").iterdir())  # nothing was begun
+
+
+def test_a_table_that_cannot_be_made_is_told_at_the_end_and_the_others_are_made(tmp_path):
+    work = tmp_path / "work"
+    for table in ("figure5", "table6"):
+        (work / f"out/mini/{table}.md").mkdir(parents=True)  # where a file is to be written
+    ended = forked_command(["expire-span-paper", "figure5", "table6", "table5", "--no-launch", "--out=out"], work)
+    assert ended.code == 1
+    assert ended.stderr.splitlines() == [
+        "error: figure5: [Errno 21] Is a directory: 'out/mini/figure5.md'",
+        "error: table6: [Errno 21] Is a directory: 'out/mini/table6.md'",
+        "error: 33 runs are missing; the same command goes on with them",
+    ]
+    assert "# Table 5" in ended.stdout
+    assert (work / "out/mini/table5.md").is_file()
+
+
+def test_a_row_that_hydra_cannot_compose_leaves_out_its_own_table_only(monkeypatch, capsys):
+    broken = {"title": "t", "metrics": ["test/bpb"], "settings": {"mini": {"one": "task=copy model=tran_xl"}}}
+    monkeypatch.setattr(
+        "expire_span.paper_tables.table_content",
+        lambda name: yaml.safe_load(yaml.safe_dump(broken)) if name == "table1" else table_content(name),
+    )
+    with pytest.raises(SystemExit, match="^error: table1: model=tran_xl does not exist; did you mean trans_xl?"):
+        main(["table1", "table5", "--dry-run"])
+    assert "experiment=mini/table5_expire_span seed=1,2,3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_tables_that_are_still_to_be_made(number, tmp_path):
+    """While the first waits for somebody to read what is written."""
+    work = tmp_path / "work"
+    (work / "out/mini").mkdir(parents=True)
+    os.mkfifo(work / "out/mini/table5.md")
+
+    def stop(process):
+        wait_for_lines(work / "out/mini/table5.svg", lines=1)
+        os.kill(process, number)
+
+    ended = forked_command(["expire-span-paper", "table5", "table6", "--no-launch", "--out=out"], work, during=stop)
+    assert ended.code == 128 + number
+    assert ended.stderr == "stopped\n"
+    assert not (work / "out/mini/table6.md").exists()

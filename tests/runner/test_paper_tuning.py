@@ -7,9 +7,10 @@ from tiny_config import config_options
 from tiny_tables import LONG, all_rows, preset_row, table_of
 
 from expire_span.paper_rows import preset_content, row_config
+from expire_span.paper_sweeps import sweeps
 from expire_span.paper_tables import read_lines
 from expire_span.paper_tuning import choose, describe, factors, model_option, points
-from expire_span.runner.commands.paper import sweeps, tuned_table
+from expire_span.runner.commands.paper import tuned_table
 from expire_span.runner.config.schema import validate
 
 

@@ -1,7 +1,6 @@
 """Make tables of the paper: `expire-span-paper table3 size=mini` runs what is missing, and writes the table.
 
-RUNS/SIZE/PRESET/seedN       run folders; one that was cut short goes on, one that is finished is not run again
-RUNS/conf/experiment/        presets of rows that conf/experiment does not have: points of curves, tuned settings
+RUNS/SIZE/PRESET/seedN       run folders, see expire_span/paper_sweeps.py
 OUT/SIZE/table3.md, ...      the tables as Markdown, CSV, SVG and PNG; those of tuned settings in OUT/SIZE/tuned
 OUT/claims.md                the paper's claims, judged from those tables: `expire-span-paper claims`
 """
@@ -9,24 +8,22 @@ OUT/claims.md                the paper's claims, judged from those tables: `expi
 import argparse
 import hashlib
 import math
-import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from expire_span.paper_claims import judge
 from expire_span.paper_figures import draw
-from expire_span.paper_rows import Row, is_finished, is_over, missing_seeds, preset_content, preset_name
+from expire_span.paper_rows import Row, is_finished, missing_seeds, row_config
+from expire_span.paper_sweeps import obtain, sweeps
 from expire_span.paper_tables import (
     SIZES,
     Table,
@@ -40,114 +37,19 @@ from expire_span.paper_tables import (
 from expire_span.paper_tuning import SEED, Choice, choose, describe, points
 
 from ..config.overrides import is_override, parse, quote
-from ..errors import exit_with_message
-from ..logging.wandb_runs import fetch_summaries
-from ..run_folder.config_files import load_config
-from ..run_folder.files import read_metrics, write_atomically
+from ..errors import SHOW_TRACEBACK, USER_ERRORS, described, exit_with_message, root_cause
+from ..run_folder.files import write_atomically
 from ..run_folder.identity import is_below
 from ..spans.describe import Request, describe_runs
 from ..spans.page import page
 from ..spans.picture import draw_spans
-from ..stop_signals import Stopped, heeded_signals
+from ..stop_signals import Stopped, stop_signals
 from .report import format_number
 
 FREE = ("hydra", "run", "wandb")  # sections that change no result
 OURS = ("hydra.sweep", "hydra.run", "hydra.mode", "wandb.group")  # by which the runs are found again
 DATA = "task.path"  # the user's own text
 CLAIMS = "claims"  # stands for the page that judges the paper's claims from the tables in OUT
-SUBFOLDER = "hydra.sweep.subdir='{size}${{hydra:runtime.choices.experiment}}/seed${{seed}}'"
-HEADER = """# @package _global_
-# (c) throughout, written by expire-span-paper
-# expire-span --config-dir={folder} experiment={name}
-"""
-
-
-def sweeps(rows: Sequence[Row], size: str, runs: Path, overrides: Sequence[str]) -> list[list[str]]:
-    """The arguments of the sweeps that make all that is missing: one for all rows that lack the same seeds."""
-    presets_by_seeds: dict[tuple[int, ...], dict[str, None]] = {}
-    for row in rows:
-        if row.overrides and (missing := missing_seeds(row, size, runs)):
-            presets_by_seeds.setdefault(missing, {})[preset_name(row.preset, size)] = None
-    common = [f"hydra.sweep.dir={quote(str(runs))}", SUBFOLDER.format(size="" if size != "paper" else "paper/")]
-    common += ["wandb.group='${hydra:runtime.choices.experiment}'", *overrides]
-    if any(not in_conf(row, size) for row in rows):
-        common += [f"--config-dir={(runs / 'conf').absolute()}"]
-    return [
-        ["-m", f"experiment={','.join(presets)}", f"seed={','.join(map(str, missing))}", *common]
-        for missing, presets in presets_by_seeds.items()
-    ]
-
-
-def in_conf(row: Row, size: str) -> bool:
-    """Whether a row is a preset of conf/experiment as it stands."""
-    return row.overrides in ((), (f"experiment={preset_name(row.preset, size)}",))
-
-
-def write_presets(rows: Sequence[Row], size: str, runs: Path) -> None:
-    """Write the presets of rows that conf/experiment does not have."""
-    folder = runs / "conf"
-    for row in rows:
-        if not in_conf(row, size):
-            name = preset_name(row.preset, size)
-            path = folder / "experiment" / f"{name}.yaml"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            header = HEADER.format(folder=folder, name=name)
-            path.write_text(header + yaml.safe_dump(preset_content(row.overrides), sort_keys=False), encoding="utf-8")
-
-
-class Progress:
-    """How much of all runs is done, and how long the rest takes at the pace since this was constructed."""
-
-    def __init__(self, rows: Sequence[Row], size: str, runs: Path):
-        self.folders = [runs / size / row.preset / f"seed{seed}" for row in rows for seed in row.seeds]
-        self.start, self.done_before = time.monotonic(), sum(map(done_share, self.folders))
-
-    def __str__(self) -> str:
-        shares = list(map(done_share, self.folders))
-        text = f"{shares.count(1)} of {len(shares)} runs are done, {sum(0 < share < 1 for share in shares)} begun"
-        if (made := sum(shares) - self.done_before) > 0:
-            seconds = (time.monotonic() - self.start) * (len(shares) - sum(shares)) / made
-            text += (
-                f", about {seconds / 3600:.1f} hours left" if seconds > 5400 else f", about {seconds / 60:.0f} min left"
-            )
-        return text
-
-
-def done_share(folder: Path) -> float:
-    """The part of its updates that a run has logged."""
-    if is_over(folder):
-        return 1
-    try:
-        update = read_metrics(folder / "metrics.jsonl")[-1]["update"]
-        return min(update / load_config(folder).train.updates, 0.99)
-    except Exception:  # damaged files of one run must not end the sweep of all
-        return 0
-
-
-def launch(arguments: Sequence[str], progress: object = "", seconds: float = 60) -> int:
-    """Run a sweep, and tell the progress now and then; a signal is passed on to it, which saves and ends."""
-    print(f"expire-span {shlex.join(arguments)}", flush=True)
-    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
-    process = subprocess.Popen([sys.executable, "-m", "expire_span", *arguments], env=environment, process_group=0)
-    stopped = []
-
-    def stop(number: int, frame: object) -> None:
-        stopped.append(number)
-        process.send_signal(number)
-
-    previous = {number: signal.signal(number, stop) for number in heeded_signals()}
-    try:
-        while (code := process.poll()) is None:
-            try:
-                process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                print(progress, flush=True)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if stopped:
-        raise Stopped(stopped[0], "stopped; the same command goes on")
-    return code
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -221,27 +123,6 @@ def distinct_rows(tables: Sequence[Table]) -> list[Row]:
     return list({row.preset: row for table in tables for row in table.rows}.values())
 
 
-def obtain(
-    rows: Sequence[Row], size: str, runs: Path, overrides: Sequence[str], from_wandb: str | None, no_launch: bool
-) -> None:
-    """Fetch and run what is missing of these rows."""
-    if from_wandb is not None:
-        wanted = {
-            (preset_name(row.preset, size), seed): runs / size / row.preset / f"seed{seed}"
-            for row in rows
-            for seed in missing_seeds(row, size, runs)
-        }
-        print(f"{fetch_summaries(from_wandb, wanted)} of {len(wanted)} missing runs are in W&B", flush=True)
-    if no_launch:
-        return
-    commands, progress = sweeps(rows, size, runs, overrides), Progress(rows, size, runs)
-    if commands:
-        print(progress, flush=True)
-    write_presets(rows, size, runs)
-    for command in commands:
-        launch(command, progress)  # a job that fails leaves a hole, which the tables and the exit code tell
-
-
 def tuned_table(table: Table, choices: Mapping[str, Choice]) -> Table:
     """The table with the settings that its tuning chose, by the names of its rows."""
     rows = [choices[row.preset].row for row in table.rows]
@@ -296,8 +177,31 @@ def write_page(settings: Mapping[str, Any], table: Table, size: str, runs: Path,
     return f"\n{what}:\n\n{kinds}\n"
 
 
-def make(options: argparse.Namespace) -> None:
-    """Do what the command line says. Raises ValueError for bad input, and if runs are missing at the end."""
+@contextmanager
+def kept_for_the_end(failures: dict[str, str], name: str) -> Iterator[None]:
+    """Keep why a table could not be made, so that the others are; a signal to stop is no error, and stops them all."""
+    try:
+        yield
+    except Exception as error:
+        error = root_cause(error)
+        if SHOW_TRACEBACK or not isinstance(error, USER_ERRORS):
+            traceback.print_exception(error)
+        failures[name] = f"{name}: {described(error)}"
+
+
+def check_composition(table: Table, size: str, runs: Path) -> None:
+    """Compose the rows that are to be run: one of which Hydra makes no config would end the sweep of all tables."""
+    for row in table.rows:
+        if missing_seeds(row, size, runs):
+            row_config(row.overrides)
+
+
+def make(options: argparse.Namespace) -> list[str]:
+    """Do what the command line says. Raises ValueError for bad input, before anything is begun.
+
+    Returns:
+        Which tables could not be made, and how many runs are missing; empty if all is there.
+    """
     given = [text for text in options.arguments if is_override(text)]
     names = [text for text in options.arguments if text not in given]
     size = ([text.removeprefix("size=") for text in given if text.startswith("size=")] or ["mini"])[-1]
@@ -313,39 +217,56 @@ def make(options: argparse.Namespace) -> None:
     check_overrides([text for text in given if not text.startswith((f"{DATA}=", "size="))])
     overrides = [text for text in given if text.split("=")[0] not in ("size", DATA)]
     tables, left_out = select_tables([name for name in names if name != CLAIMS], size, seeds, text_path(given))
-    rows, runs, out = distinct_rows(tables), options.runs, options.out / size / ("tuned" if options.tune else "")
-    tried = {row.preset: points(row) for row in rows} if options.tune else {}
-    of_tuning = [point for row in rows for point in tried.get(row.preset, ())]
+    runs, out = options.runs, options.out / size / ("tuned" if options.tune else "")
+    failures: dict[str, str] = {}  # by table
+
+    def sound_tables() -> list[Table]:
+        return [table for table in tables if table.name not in failures]
+
+    tried: dict[str, list[Row]] = {}
+    for table in tables:
+        with kept_for_the_end(failures, table.name):
+            tried |= {row.preset: points(row) if options.tune else [] for row in table.rows}
+            if not options.tune and not options.no_launch:
+                check_composition(table, size, runs)
+    rows = distinct_rows(sound_tables())
+    of_tuning = [point for row in rows for point in tried[row.preset]]
     if options.dry_run:
         chosen = [choose(row, tried[row.preset], size, runs).row for row in rows] if options.tune else rows
         commands = sweeps(of_tuning, size, runs, overrides) or sweeps(chosen, size, runs, overrides)
         print("\n".join(f"expire-span {shlex.join(command)}" for command in commands) or "nothing is missing")
-        return
+        return list(failures.values())
     if tables:
         out.mkdir(parents=True, exist_ok=True)  # before hours of runs, whose tables go there
-    choices, holes = {}, 0
+    choices: dict[str, Choice] = {}
     if options.tune:
         obtain(of_tuning, size, runs, overrides, options.from_wandb, options.no_launch)
-        choices = {row.preset: choose(row, tried[row.preset], size, runs) for row in rows}
+        for table in sound_tables():
+            with kept_for_the_end(failures, table.name):
+                choices |= {row.preset: choose(row, tried[row.preset], size, runs) for row in table.rows}
         rows = [choice.row for choice in choices.values()]
     obtain(rows, size, runs, overrides, options.from_wandb, options.no_launch)
-    for table in tables:
-        own = [choices[row.preset] for row in table.rows] if options.tune else []
-        table = tuned_table(table, choices) if options.tune else table
-        text, lacking = write_table(table, size, runs, out, describe(own) if own else "")
-        print(text)
-        holes += lacking
+    holes = 0
+    for table in sound_tables():
+        with kept_for_the_end(failures, table.name):
+            own = [choices[row.preset] for row in table.rows] if options.tune else []
+            table = tuned_table(table, choices) if options.tune else table
+            text, lacking = write_table(table, size, runs, out, describe(own) if own else "")
+            print(text)
+            holes += lacking
     if {CLAIMS, "all"} & set(names):
-        text = judge(options.out)
-        (options.out / f"{CLAIMS}.md").write_text(text, encoding="utf-8")
-        print(text)
-    for problem in left_out:
-        print(problem, file=sys.stderr)
+        with kept_for_the_end(failures, CLAIMS):
+            text = judge(options.out)
+            (options.out / f"{CLAIMS}.md").write_text(text, encoding="utf-8")
+            print(text)
+    print(*left_out, sep="\n", end="\n" if left_out else "", file=sys.stderr)
+    problems = list(failures.values())
     missing = sum(len(missing_seeds(row, size, runs)) for row in [*of_tuning, *rows])
     if missing:
-        raise ValueError(f"{missing} runs are missing; the same command goes on with them")
-    if holes:
-        raise ValueError(f"{holes} runs have no place in their tables, which say why")
+        problems.append(f"{missing} runs are missing; the same command goes on with them")
+    elif holes:
+        problems.append(f"{holes} runs have no place in their tables, which say why")
+    return problems
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -375,12 +296,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--dry-run", action="store_true", help="print the commands that would be run, and do nothing")
     options = parser.parse_intermixed_args(arguments)
     try:
-        make(options)
+        with stop_signals():
+            problems = make(options)
     except Stopped as stop:
         print(stop.message, file=sys.stderr)
         raise
     except Exception as error:
         exit_with_message(error)
+    if problems:
+        sys.exit("\n".join(f"error: {problem}" for problem in problems))
 
 
 if __name__ == "__main__":
