@@ -219,7 +219,7 @@ def head(metric: str) -> str:
 
 
 def provenance_notes(lines: Sequence[Line]) -> list[str]:
-    """Where, when and how the runs were made, what is simpler than in the paper, and what the paper leaves open."""
+    """Where, when and how the runs were made, what was far behind, is simpler than in the paper, or left open by it."""
     if not any(len(line.runs) for line in lines):
         return []
     runs = pd.concat([line.runs for line in lines])
@@ -238,6 +238,10 @@ def provenance_notes(lines: Sequence[Line]) -> list[str]:
             f"{which}Training in {batch} streams and blocks of {block} timesteps, evaluation of the last weights in "
             f"{eval_batch} streams and blocks of {eval_block}, from an empty memory."
         )
+    for line in lines:
+        for run in line.runs.itertuples():
+            if run.far_behind:
+                notes.append(f"{line.row.title}, seed {run.seed}, was far behind its recipe: {run.far_behind}.")
     notes.append("Times are those of the runs themselves, which may have shared their machine with other work.")
     simplified = dict.fromkeys(note for texts in runs["simplifications"] for note in texts)
     notes += [f"Simplified: {note}." for note in simplified]

@@ -24,7 +24,7 @@ from .runner.run_folder.summary import FORMAT, NO_SETTINGS
 
 REQUIRED = {"format", "task", "model", "metric", "finished", "metrics", "protocol"}
 RUN_COLUMNS = ["folder", "task", "model", "metric", "seed", "finished", "problem", "commit", "dirty", "started"]
-RUN_COLUMNS += ["simplifications"]
+RUN_COLUMNS += ["simplifications", "far_behind"]
 
 
 def load_runs(*folders: str | Path) -> pd.DataFrame:
@@ -33,6 +33,7 @@ def load_runs(*folders: str | Path) -> pd.DataFrame:
     Columns:
         RUN_COLUMNS: `problem` says why a run has no place in a table (stopped, unreadable, written by an older version
             ...) and is empty otherwise. A run with a problem has no settings and metrics, so that no mean includes it.
+            `far_behind` says which milestones of its recipe it missed by far, if any.
         settings, with dots: the config (`memory.alpha`), the `protocol.*` of the measurement, fingerprints of the
             `data.*` and, for evaluations, the values that training had instead (`trained.*`). Lists are JSON text.
         metrics, with slashes: the final ones, float64 (`test/accuracy`); one that was not a number is missing.
@@ -97,6 +98,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
         row |= {name: str(summary[name]) for name in ("task", "model", "metric")}
         row |= {name: summary.get(name) for name in ("commit", "dirty", "started")}
         row |= {"seed": summary["protocol"].get("seed"), "finished": bool(summary["finished"])}
+        row["far_behind"] = "; ".join(summary.get("far_behind") or [])
         row["simplifications"] = [str(note) for note in summary.get("simplifications") or []]
         if not row["finished"]:
             raise ValueError(f"unfinished{_last_update(folder)}")

@@ -99,6 +99,14 @@ def test_the_groups_are_the_rows_of_the_report(runs_folder):
         assert sum(run["group"] == place for run in data["runs"]) == int(row["seeds"])
 
 
+def test_the_page_names_a_run_that_was_far_behind_its_recipe(tmp_path):
+    run_folder(tmp_path / "good")
+    run_folder(tmp_path / "bad", model="trans_xl", far_behind=["train/accuracy is 0.2 at update 56 ..."])
+    notes = {group["model"]: group["notes"] for group in data_of(comparison_page(load_runs(tmp_path)))["groups"]}
+    behind = f"{tmp_path}/bad was far behind its recipe: train/accuracy is 0.2 at update 56 ..."
+    assert notes == {"expire_span": [], "trans_xl": [behind]}
+
+
 def test_a_long_curve_is_thinned_between_its_first_and_last_point(tmp_path):
     values = [math.nan, *range(1, 5000), math.nan]
     write_metrics(run_folder(tmp_path / "run"), [{"update": i, "train/loss": value} for i, value in enumerate(values)])

@@ -127,6 +127,17 @@ def test_the_table_has_the_paper_s_number_beside_ours_and_says_what_is_missing(t
     assert csv["planned_seeds"].tolist() == [3, 3, 3]
 
 
+def test_a_run_that_was_far_behind_its_recipe_is_named_beneath_the_table(tmp_path, make_run):
+    make_run(preset_row(LONG), 1)
+    folder = make_run(preset_row(LONG), 2)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["far_behind"] = ["train/accuracy is 0.2 at update 56, where this recipe had 0.8"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text, _ = write_table(two_rows(1, 2), "mini", tmp_path / "runs", tmp_path / "out")
+    [line] = [line for line in text.splitlines() if "far behind" in line]
+    assert line == f"- Expire-Span, seed 2, was far behind its recipe: {summary['far_behind'][0]}."
+
+
 def test_runs_of_one_row_with_different_settings_are_shown_and_not_averaged(tmp_path, make_run):
     """That is where the preset is the same, but not how it was run: on other devices, in another precision."""
     make_run(preset_row(LONG), 1)

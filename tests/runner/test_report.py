@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from run_folders import run_folder
 
@@ -203,6 +204,20 @@ def test_simplifications_and_mixed_commits_are_footnotes(tmp_path):
     text = report(tmp_path)
     assert rows(text)[0]["model"] == "expire_span [1] [2]"
     assert "1. simplified: one layer; 4 x 4 cells\n2. seeds of different commits: c0ffee, decaf" in text
+
+
+def test_a_run_that_was_far_behind_its_recipe_is_named_in_a_footnote_and_in_the_csv(tmp_path):
+    behind = [
+        "train/accuracy is 0.2 at update 56, where this recipe had 0.8",
+        "train/accuracy is 0.3 at update 560 ...",
+    ]
+    run_folder(tmp_path / "a", seed=1, far_behind=[])
+    run_folder(tmp_path / "b", seed=2, far_behind=behind)
+    text = report(tmp_path)
+    assert rows(text)[0]["model"] == "expire_span [1]"
+    assert f"1. {tmp_path}/b was far behind its recipe: {behind[0]}; {behind[1]}\n" in text
+    main([str(tmp_path), "--csv", str(tmp_path / "runs.csv")])
+    assert pd.read_csv(tmp_path / "runs.csv")["far_behind"].fillna("").tolist() == ["", "; ".join(behind)]
 
 
 def test_accuracy_by_distance_has_its_bins_in_order(tmp_path):

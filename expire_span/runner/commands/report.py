@@ -99,7 +99,7 @@ def compare(groups: Groups, rows: pd.DataFrame, conditions: dict[str, tuple]) ->
         conditions: for each column that counts seeds, what `parse_threshold` returns.
     """
     rows, runs = rows.copy(), groups.obj
-    notes = groups[["commit", "simplifications"]].apply(footnotes)
+    notes = groups[["folder", "commit", "simplifications", "far_behind"]].apply(footnotes)
     numbers = {note: number for number, note in enumerate(dict.fromkeys(notes[rows.index].explode().dropna()), 1)}
     rows["model"] += notes.map(lambda notes: "".join(f" [{numbers[note]}]" for note in notes))
     for name in result_metrics(runs):
@@ -132,11 +132,14 @@ def costs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def footnotes(group: pd.DataFrame) -> list[str]:
-    """What a reader of a group's row should know: what its runs simplify, and that their commits differ."""
+    """What a reader of a group's row should know: what it simplifies, mixed commits, and runs that were far behind."""
     commits = sorted({str(commit)[:10] for commit in group["commit"]})
     mixed = [f"seeds of different commits: {', '.join(commits)}"] if len(commits) > 1 else []
     simplified = "; ".join(group["simplifications"].iloc[0])
-    return [*([f"simplified: {simplified}"] if simplified else []), *mixed]
+    behind = [
+        f"{run.folder} was far behind its recipe: {run.far_behind}" for run in group.itertuples() if run.far_behind
+    ]
+    return [*([f"simplified: {simplified}"] if simplified else []), *mixed, *behind]
 
 
 def compare_by_distance(groups: Groups, rows: pd.DataFrame) -> list[str]:
