@@ -214,7 +214,7 @@ def run_job(config: DictConfig) -> Metrics:
         return resume_job(folder, [text.lstrip("+") for text in overrides if not text.startswith("resume=")])
     check_recipe(overrides, config_folders())
     config = validate(config)
-    if not is_plain_recipe(overrides):
+    if not is_plain_recipe(overrides, hydra_config.runtime.choices, config_folders()):
         config.milestones = {}
     if (folder.parent / "multirun.yaml").exists():  # written by Hydra for a sweep
         config.wandb.tags = [*config.wandb.tags, folder.parent.name[:MAX_TAG_LENGTH]]
@@ -231,7 +231,7 @@ def resume_job(folder: Path, overrides: list[str]) -> Metrics:
     apply_overrides(files.config, overrides, "resume", MAY_CHANGE_IN_RESUME)
     config = validate(files.config)
     overrides = merge_overrides(files.overrides, overrides)
-    if not is_plain_recipe(overrides):
+    if not is_plain_recipe(overrides, files.hydra["runtime"]["choices"], config_folders()):
         config.milestones = {}
     files = ConfigFiles(config, files.hydra, overrides)
     with lock_by_main(folder, config):

@@ -14,17 +14,35 @@ from omegaconf import DictConfig
 from expire_span.tasks.base import LOWER_IS_BETTER, RLTask
 
 from .config.overrides import is_below, parse
+from .config.value_sources import marked_values, read_first
 from .run_folder.identity import MAY_CHANGE
 
 PERCENTAGES = (10, 25, 50, 100)
 SAME_RECIPE = (*(key for key in MAY_CHANGE if key != "train.updates"), "hydra", "seed", "task.seed")
 
 
-def is_plain_recipe(overrides: Sequence[str]) -> bool:
-    """Whether a command line runs an unmodified recipe with Expire-Span, for which the milestones were measured."""
-    parsed = {override.key_or_group: override.value() for override in map(parse, overrides)}
-    chosen = {key: value for key, value in parsed.items() if not is_below(key, SAME_RECIPE) and "hydra/" not in key}
-    return set(chosen) <= {"task", "size", "model"} and chosen.get("model", "expire_span") == "expire_span"
+def is_plain_recipe(overrides: Sequence[str], choices: Mapping[str, str | None], folders: Sequence[str]) -> bool:
+    """Whether a command line runs an unmodified recipe with Expire-Span, for which the milestones were measured.
+
+    Args:
+        overrides: Those of the command line.
+        choices: The option chosen in each config group.
+        folders: Where the group's files are searched: paths, or pkg://MODULE.
+    """
+    keys = [override.key_or_group for override in map(parse, overrides)]
+    chosen = {key for key in keys if not is_below(key, SAME_RECIPE) and "hydra/" not in key}
+    if chosen - {"task", "size", "model", "experiment"} or choices.get("model") != "expire_span":
+        return False
+    preset, recipe = (
+        read_first(folders, f"{group}/{choices[group]}.yaml") if choices.get(group) else ""
+        for group in ("experiment", "recipe")
+    )
+    return values_of(preset or "") <= values_of(recipe or "")
+
+
+def values_of(text: str) -> set[tuple[str, str]]:
+    """The keys and values that a file of settings has, without what says only where they are from."""
+    return {(key, value) for key, value, _ in marked_values(text) if not is_below(key, ("defaults", "paper"))}
 
 
 def training_metric(task: Any) -> str:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from tiny_config import compose_config, tiny_config
 
@@ -63,12 +64,18 @@ def test_a_milestone_is_told_once_and_not_before_its_update():
         ("train.updates=100", False),
         ("task.episode_length=512", False),
         ("model=trans_xl", False),
-        ("experiment=table5_expire_span", False),
         ("recipe=copy/mini", False),
+        ("experiment=mini/table1_expire_span_128k wandb.group=mini", True),  # which is the recipe
+        ("experiment=mini/figure4_corridor_expire_span", True),
+        ("experiment=mini/table1_expire_span_16k", False),  # with another max_span
+        ("experiment=mini/table1_expire_span_128k memory.max_span=64", False),
+        ("experiment=mini/figure4_corridor_trans_xl_20", False),
     ],
 )
 def test_only_an_unmodified_recipe_has_milestones(overrides, is_plain):
-    assert is_plain_recipe(overrides.split()) == is_plain
+    with initialize_config_module("expire_span.conf", version_base="1.3"):
+        composed = compose("config", overrides=overrides.split(), return_hydra_config=True)
+    assert is_plain_recipe(overrides.split(), composed.hydra.runtime.choices, ["pkg://expire_span.conf"]) == is_plain
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
