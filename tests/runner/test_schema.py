@@ -131,6 +131,9 @@ def test_a_value_is_used_as_it_was_converted(override, value):
         ("+task.episode_length._target_=os.system", "task.episode_length"),
         ("transformer.cutoffs=true", "transformer.cutoffs must be a list"),
         ("task._target_=expire_span.ExpireSpan", "must be a subclass of expire_span.tasks.base.Task or"),
+        ("+milestones={0:0.5,100:0.9}", "milestones.0 must be a percentage of the updates, above 0 and at most 100"),
+        ("+milestones={-10:0.5}", "milestones.-10 must be a percentage"),
+        ("+milestones={101:0.5}", "milestones.101 must be a percentage"),
         ("train.updates=50", "train.updates=50 is less than lr_schedule.warmup_updates=20 and"),
     ],
 )

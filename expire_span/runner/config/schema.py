@@ -144,6 +144,9 @@ def check_values(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and value <= 0:
             raise ValueError(f"{key} must be above 0, got {value}")
+    for percent in config.milestones:
+        if not 0 < percent <= 100:
+            raise ValueError(f"milestones.{percent} must be a percentage of the updates, above 0 and at most 100")
     micro_batch_size = config.train.micro_batch_size
     if not (micro_batch_size in (None, "auto") or (isinstance(micro_batch_size, int) and micro_batch_size > 0)):
         raise ValueError(f"train.micro_batch_size must be null, auto or a number of streams, got {micro_batch_size}")
