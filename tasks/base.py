@@ -58,6 +58,14 @@ class Stream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class EnvError(RuntimeError):
+    """An environment has raised an error, its cause. A run that it ends is saved first, and shows the traceback."""
+
+
+class EnvValueError(EnvError, ValueError):
+    """An environment has given what cannot be learned from. A run that it ends is saved first, and says so."""
+
+
 class TaskDefaults:
     """Members that every task has, with defaults for the optional ones."""
 
@@ -81,7 +89,11 @@ class TaskDefaults:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned, or `eval_state_dict`."""
+
+    def eval_state_dict(self) -> dict[str, Any]:
+        """What evaluation needs beside the weights, with which it is saved: numbers and lists, such as statistics."""
+        return {}
 
 
 class Task(TaskDefaults, ABC):

@@ -98,6 +98,13 @@ def test_the_task_of_the_docs_trains(tmp_path):
     assert "test/accuracy" in run_the_example("add_task.md", tmp_path, "task=parity", "memory.max_span=32")
 
 
+def test_the_environment_of_the_docs_trains(tmp_path):
+    sizes = ["memory.max_span=32", "eval.max_blocks=2", "actor_critic.update_epochs=1"]
+    assert "test/rl/success" in run_the_example(
+        "environments.md", tmp_path, "task=repeat", "recipe=gymnasium/mini", *sizes
+    )
+
+
 def test_the_mechanism_of_the_docs_trains(tmp_path):
     out = run_the_example("add_mechanism.md", tmp_path, "model=strided", "memory.max_span=32", *SMALL_TASKS["copy"])
     assert "test/memory/size" in out

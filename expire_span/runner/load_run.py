@@ -43,6 +43,8 @@ def load_run(folder: Path, config: DictConfig) -> LoadedRun:
     if loaded.task == OmegaConf.to_container(config.task, resolve=True):  # otherwise other data are asked for
         check_same_data(folder, loaded.data, plain(task.data_info))
     check_same_vocab(folder, task)
+    if loaded.task_state:
+        task.load_state_dict(loaded.task_state)
     model = build_model(config, task, device)
     load_weights(model, loaded.tensors, folder)
     return LoadedRun(config, task, model.eval(), device, loaded.update, loaded.blocks, loaded.run_id)
@@ -66,7 +68,7 @@ def read_weights(folder: Path, which: str) -> weights.Weights:
             raise FileNotFoundError(f"{folder} has no weights; name the folder of a run that has saved a checkpoint")
         blocks, task = content["objective"].get("blocks", 0), content["config"].get("task")
         loaded = weights.Weights(
-            content["model"], content["update"], blocks, task, content["data"], run_id=content["run_id"]
+            content["model"], content["update"], blocks, task, content["data"], None, content["run_id"], content["task"]
         )
     log.info(f"weights of update {loaded.update}, from {folder}")
     return loaded

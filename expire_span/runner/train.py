@@ -13,6 +13,8 @@ from omegaconf import DictConfig
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from expire_span.tasks.base import EnvError
+
 from . import ranks
 from .errors import OutOfMemory, is_out_of_memory
 from .logging.media import Media, final_media, span_histograms
@@ -91,7 +93,8 @@ def train(
             with stop.deferred(), profiler(profiled, folder, trainer.device) as next_update:
                 is_stopped = False
                 while trainer.update < config.train.updates and not is_stopped:
-                    is_stopped = step_log_and_save(trainer, log_metrics, stop)
+                    with saved_before_env_errors(trainer):
+                        is_stopped = step_log_and_save(trainer, log_metrics, stop)
                     ranks.set_timeout(config.run.rank_timeout)  # the first update may have compiled for minutes
                     next_update()
                     if config.run.profile:
@@ -129,6 +132,18 @@ def step_log_and_save(trainer: Trainer, log_metrics: Callable[..., None], stop: 
     if is_last or is_stopped or trainer.update % config.run.checkpoint_every == 0:
         trainer.start_checkpoint()
     return is_stopped
+
+
+@contextmanager
+def saved_before_env_errors(trainer: Trainer) -> Iterator[None]:
+    """Save what has been learned when an environment fails, unless other processes would have to take part."""
+    try:
+        yield
+    except EnvError:
+        if trainer.update > trainer.saved_update and ranks.world_size() == 1:
+            trainer.save_checkpoint()
+            log.warning(f"an environment has failed; {checkpoint.how_to_go_on(trainer.folder)}")
+        raise
 
 
 def agreed_signal(stop: StopHandler) -> int | None:

@@ -149,7 +149,8 @@ class Trainer:
     def current_weights(self, value: float | None = None) -> weights.Weights:
         task, data = OmegaConf.to_container(self.config.task, resolve=True), plain(self.task.data_info)
         blocks = self.objective.blocks
-        return weights.Weights(self.model.state_dict(), self.update, blocks, task, data, value, self.run_id)
+        state = self.task.eval_state_dict()
+        return weights.Weights(self.model.state_dict(), self.update, blocks, task, data, value, self.run_id, state)
 
     def save_if_best(self, metrics: Metrics) -> None:
         """Keep these weights if the task's metric on the validation split is better than ever before in this folder."""
@@ -206,8 +207,8 @@ class Trainer:
         self.update, self.run_id = content["update"], content["run_id"]
         parts = content["streams"]  # of the ranks that had this rank's streams
         of_objective = select_rows([(part["first"], part["objective"]) for part in parts], self.streams)
+        self.task.load_state_dict(content["task"])  # before its environments
         self.objective.load_state_dict(content["objective"], of_objective)
-        self.task.load_state_dict(content["task"])
         self.restore_memories(content["step"].to(self.device), [saved for part in parts for saved in part["memories"]])
         self.averager.load_values(content["metrics"])
         if self.budget:
@@ -279,7 +280,7 @@ def plain(data_info: Any) -> Any:
 
 def build_task(config: DictConfig) -> Task | RLTask:
     """The config's task. Raises ValueError if its class is not a task's, or if its metric is not known."""
-    task = instantiate(config.task)
+    task = instantiate(config.task, _recursive_=False)  # wrappers of environments have a _target_, too
     if isinstance(task, RLTask):  # its metric is one of its environments' own
         return task
     if not isinstance(task, Task):

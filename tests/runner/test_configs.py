@@ -46,8 +46,8 @@ def test_every_model_trains_on_every_task(task, model, tmp_path, text):
 @pytest.mark.parametrize("size", config_options("size"))
 @pytest.mark.parametrize("task", config_options("task"))
 def test_every_task_composes_at_every_size(task, size):
-    path = ["task.path=x"] if task == "text" else []
-    config = validate(compose_config(f"task={task}", f"size={size}", *path))
+    needed = {"text": ["task.path=x"], "gymnasium": ["task.id=x"]}.get(task, [])
+    config = validate(compose_config(f"task={task}", f"size={size}", *needed))
     sizes = {key: value for key, value in config.transformer.items() if key != "num_layers"}
     TransformerConfig(vocab_size=2, **sizes)
     assert instantiate(config.model).max_span == config.memory.max_span

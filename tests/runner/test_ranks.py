@@ -27,6 +27,13 @@ SHARED = [
 EXTRA = {
     "copy": ["memory.random_drop=true"],
     "instruction": ["train.grad_accumulation=2"],
+    "gymnasium": [
+        "task.normalize_observation=false",
+        "task.normalize_reward=false",
+        "actor_critic.update_epochs=2",
+        "eval.max_blocks=1",
+        "eval.interval=4",
+    ],
     "corridor": ["actor_critic.update_epochs=2", "eval.max_blocks=1", "eval.interval=4"],
 }
 BUDGET = ["memory.budget=9", "model.ramp=8", "alpha_schedule.start_update=0", "alpha_schedule.warmup_updates=0"]
@@ -93,7 +100,7 @@ def test_several_processes_give_the_result_of_one(task, model, world_size, micro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, "gymnasium"])
 @pytest.mark.parametrize("model", config_options("model"))
 def test_several_processes_give_the_result_of_one_for_every_model_and_task(
     model, task, world_size, whole_batch, tmp_path

@@ -41,6 +41,7 @@ SMALL_TASKS = {  # less data for each generated task
         "eval.max_blocks=32",
     ],
     "corridor": ["task.max_length=8"],
+    "gymnasium": ["task.id=CartPole-v1"],
     "portal": ["task.num_rooms=3", "task.initial_num_rooms=2", "task.max_episode_steps=30"],
     "instruction": [
         "task.dialogue=null",

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import MISSING, field, fields, make_dataclass
@@ -74,6 +75,7 @@ BOUNDS = {  # the smallest and the largest value
     "run.rank_timeout": (0, 1e6),
 }
 POSITIVE = ("memory.ramp", "memory.budget", "train.grad_clip", "actor_critic.clip_coef", "run.rank_timeout")  # above 0
+TARGETS = re.compile(r"(task|model|optimizer)\._target_|task\.wrappers\.\d+\._target_")  # the only keys of Hydra's own
 BASE_CLASSES = {"task": (Task, RLTask), "model": (Mechanism,), "optimizer": (Optimizer,)}
 
 
@@ -114,7 +116,7 @@ def check_plain(config: DictConfig) -> None:
         if isinstance(node, dict | list):
             for name, value in node.items() if isinstance(node, dict) else enumerate(node):
                 below = f"{key}.{name}" if key else str(name)
-                if str(name).startswith("_") and below not in ("task._target_", "model._target_", "optimizer._target_"):
+                if str(name).startswith("_") and not TARGETS.fullmatch(below):
                     raise ValueError(f"{below} is not allowed: the config gives values, it does not call anything else")
                 check(value, below)
         elif isinstance(node, float) and not math.isfinite(node):

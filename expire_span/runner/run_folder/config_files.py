@@ -5,11 +5,11 @@ hydra.yaml       what Hydra has chosen: the options of all groups, the launcher
 overrides.yaml   the overrides of the command line, as they were typed
 
 A run folder may come from somebody else, so it is read as plain data: nothing in it is resolved, and no class is
-imported but those of this package, of torch.optim, and of the modules that the user trusts.
+imported but those of this package, of torch.optim and Gymnasium, and of the modules that the user trusts.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from .files import check_regular
 
 SIZE_LIMIT = 2**20  # bytes; such a file has a few thousand
 DEPTH_LIMIT = 20
-TRUSTED = ("expire_span", "torch.optim")
+TRUSTED = ("expire_span", "torch.optim", "gymnasium")
 TRUST_VARIABLE = "EXPIRE_SPAN_TRUST"
 
 
@@ -69,16 +69,27 @@ def load_config(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
     if "optimiser" in content:
         raise ValueError(written_by_older_version(folder))
     restated = {override.partition("=")[0].lstrip("+"): override for override in overrides}
-    for section in ("task", "model", "optimizer"):
-        target = content[section].get("_target_") if isinstance(content.get(section), dict) else None
-        key = f"{section}._target_"
-        is_named = key in restated and parse(restated[key]).value() == target
-        if not is_named and not is_below(str(target), trusted_modules()):
+    for key, value, names in named_code(content):
+        is_named = key in restated and parse(restated[key]).value() == value
+        if not is_named and not all(is_below(str(name), trusted_modules()) for name in names):
             raise ValueError(
-                f"{key}={target} of {folder} is no part of expire-span, and would be imported; if you trust it, say so "
-                f"by {key}={target} on the command line, or by {TRUST_VARIABLE}=MODULE in the environment"
+                f"{key}={value} of {folder} is no part of expire-span, and would be imported; if you trust it, say so "
+                f"by {key}={value} on the command line, or by {TRUST_VARIABLE}=MODULE in the environment"
             )
     return DictConfig(literal(add_new_keys(content)))
+
+
+def named_code(content: dict[str, Any]) -> Iterator[tuple[str, Any, list[Any]]]:
+    """The keys of a config that name code, their values, and the names in them that would be imported."""
+    for section in ("task", "model", "optimizer"):
+        target = content[section].get("_target_") if isinstance(content.get(section), dict) else None
+        yield f"{section}._target_", target, [target]
+    task: dict[str, Any] = content["task"] if isinstance(content.get("task"), dict) else {}
+    if ":" in str(task.get("id")):  # MODULE:ID of Gymnasium
+        yield "task.id", task["id"], [str(task["id"]).partition(":")[0]]
+    if wrappers := task.get("wrappers"):
+        each = wrappers if isinstance(wrappers, list) else [wrappers]
+        yield "task.wrappers", wrappers, [item.get("_target_") if isinstance(item, dict) else item for item in each]
 
 
 def load_config_files(folder: Path, overrides: Sequence[str] = ()) -> ConfigFiles:

@@ -29,6 +29,7 @@ class Weights(NamedTuple):
     data: Any = None  # Task.data_info, as JSON has it
     value: float | None = None  # of the task's metric on the validation split, if they are the best
     run_id: str | None = None  # of the W&B run that trained them; files of earlier versions do not have it
+    task_state: Any = None  # Task.eval_state_dict; files of earlier versions do not have it
 
 
 def save(path: Path, weights: Weights) -> None:
