@@ -1,7 +1,6 @@
 """How fast the tasks are on their own: environments, rollouts, simulations of collision, and reading text.
 
 envs        environment steps per second, with random actions, observations included
-rollout     the same with a model of two layers (d = 64) that acts, and the model's share of the time
 collision   timesteps generated per second
 text        share of a training step (size=mini) that reading its batch takes
 """
@@ -23,7 +22,7 @@ from expire_span.tasks.gridworld import Gridworld
 from expire_span.tasks.portal import Portal
 from expire_span.tasks.text import Text
 
-ENV_STEPS, ROLLOUT_STEPS = 500, 25  # per repeat
+ENV_STEPS = 500  # per repeat
 
 
 def time_calls(call: Callable[[], object], repeats: int, device: str = "cpu") -> list[float]:
@@ -51,26 +50,6 @@ def random_steps(task: Gridworld, num_envs: int, device: str) -> Callable[[], ob
         for action in actions:
             envs.step(action)
             envs.observe()
-
-    return run
-
-
-def rollout(task: Gridworld, num_envs: int, device: str) -> Callable[[], object]:
-    """Two layers of Expire-Span whose memories live for a few timesteps, as after training, choose the actions."""
-    config = TransformerConfig(task.vocab_size, 64, 2, 256, num_classes=task.num_classes, pre_norm=True)
-    mechanisms = [ExpireSpan(64, 40, 8, 1e-5, num_positions=25, init_span_ratio=0.1) for _ in range(2)]
-    model = Transformer(config, mechanisms).to(device)
-    envs = task.make_envs(num_envs, device)
-    generator = torch.Generator(device).manual_seed(0)
-    state = model.initial_state(num_envs)
-
-    @torch.no_grad()
-    def run() -> None:
-        nonlocal state
-        for _ in range(ROLLOUT_STEPS):
-            logits, state, _ = model(envs.observe()[:, None], state, envs.steps[:, None])
-            probabilities = logits[:, 0, : task.num_actions].softmax(-1)
-            envs.step(torch.multinomial(probabilities, 1, generator=generator)[:, 0])
 
     return run
 
@@ -111,12 +90,6 @@ def main() -> None:
         name = type(task).__name__.lower()
         seconds = time_calls(random_steps(task, options.num_envs, options.device), options.repeats, options.device)
         report(f"{name}, envs", [ENV_STEPS * options.num_envs / value for value in seconds], "steps/s")
-        seconds_per_step = statistics.median(seconds) / ENV_STEPS
-        for num_envs in (64, options.num_envs):
-            seconds = time_calls(rollout(task, num_envs, options.device), options.repeats, options.device)
-            report(f"{name}, rollout in {num_envs}", [ROLLOUT_STEPS * num_envs / value for value in seconds], "steps/s")
-        share = 1 - seconds_per_step / (statistics.median(seconds) / ROLLOUT_STEPS)
-        print(f"{name}, rollout in {options.num_envs}: {100 * share:.0f}% of the time is the model's")
     collision = Collision()
     seconds = time_calls(lambda: collision.simulate(np.random.default_rng(0), 10, 50_000), options.repeats)
     report("collision, generated", [500_000 / value for value in seconds], "timesteps/s")

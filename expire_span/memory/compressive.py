@@ -32,6 +32,7 @@ class Compressive(Mechanism):
         check_integers(1, max_span=max_span, compressed_size=compressed_size, compression_rate=compression_rate)
         super().__init__(max_span, ramp=1, num_positions=max_span + compressed_size + 1)
         self.compressed_size, self.compression_rate = compressed_size, compression_rate
+        self.pool_interval = compression_rate
         self.max_block_size = max(1, max_span - compression_rate + 1)
         pooled_rows = max_span + torch.arange(compressed_size + 1).repeat_interleave(compression_rate)
         self.rows = torch.cat([torch.arange(max_span), pooled_rows])  # the c distances of a pooled state share a row

@@ -39,12 +39,14 @@ class Mechanism(nn.Module):
         max_block_size: Timesteps: blocks of any length up to this can be processed.
         max_distance: Memories farther away than this, in timesteps, are invisible and deleted (None: only the span
             decides).
+        pool_interval: Timesteps: `pool` makes memories only in blocks with a timestep that is a multiple of this.
         hidden_size, num_heads: Those of the only models that the mechanism is for (None: any).
     """
 
     random_drop = False
     max_block_size = 2**40
     max_distance: int | None = None
+    pool_interval = 1
     hidden_size: int | None = None
     num_heads: int | None = None
 

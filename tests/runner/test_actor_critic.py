@@ -7,8 +7,10 @@ import torch
 from assertions import assert_equal
 from tiny_config import config_options, tiny_config
 
+from expire_span.runner.micro_batches import MicroBatches
 from expire_span.runner.objectives.actor_critic import (
     ActionSampler,
+    Actor,
     ActorCritic,
     collect_rollout,
     compute_gae,
@@ -21,9 +23,14 @@ from expire_span.tasks.actions import Categorical
 
 def act(model, state, envs, generator, num_steps):
     """A rollout, and the state after it."""
-    states, streams = [state], slice(0, envs.num_envs)
-    sampler = ActionSampler(generator, streams, envs.num_envs)
-    return collect_rollout(model, states, [streams], envs, sampler, num_steps)[0], states[0]
+    states = MicroBatches(model, envs.num_envs)
+    states[0] = state
+    actor = Actor(model, states)
+    sampler = ActionSampler(generator, slice(0, envs.num_envs), envs.num_envs)
+    rollout, _ = collect_rollout(actor, envs, sampler, num_steps)
+    state = actor.decoders[0].state()
+    rollout["next_value"] = actor(envs.observe(), envs.steps)[:, -1]
+    return rollout, state
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 16])

@@ -14,6 +14,7 @@ from torch import Tensor
 from expire_span.tasks.base import Task
 from expire_span.tasks.token_stream import text_codec
 
+from ...decoding import Decoder
 from ...transformer import Transformer
 from ..config.schema import validate
 from ..errors import exit_with_message
@@ -30,7 +31,7 @@ REPORT_EVERY = 1000  # tokens between two reports of speed and memory
 @torch.no_grad()
 def generate(
     model: Transformer, prompt: Sequence[int], temperature: float = 1.0, top_k: int | None = None, seed: int = 0
-) -> Iterator[tuple[int, Tensor, dict[str, Tensor | float]]]:
+) -> Iterator[tuple[int, Tensor, Decoder]]:
     """Sample token after token, without end.
 
     Every memory's keys, values and span are computed once, so that a token costs what the surviving memories cost.
@@ -41,17 +42,19 @@ def generate(
         top_k: sample from the k most likely tokens only.
 
     Yields:
-        each token, the log-probabilities (vocab_size,) that it was sampled from, and the memory metrics.
+        each token, the log-probabilities (vocab_size,) that it was sampled from, and what it was decoded with.
     """
     model.eval()
     device = model.position.device
     generator = torch.Generator(device).manual_seed(seed)
     state = model.initial_state(1)
     block_size = min(PROMPT_BLOCK_SIZE, *(mechanism.max_block_size for mechanism in model.mechanisms))
-    for block in torch.tensor([list(prompt)], device=device).split(block_size, 1):
-        logits, state, metrics = model(block, state)  # (1, T, num_classes)
+    tokens = torch.tensor([list(prompt)], device=device)  # (1, T)
+    for block in tokens[:, :-1].split(block_size, 1) if len(prompt) > 1 else ():
+        _, state, _ = model(block, state)
+    decoder, token = Decoder(model, state), tokens[0, -1]
     while True:
-        log_probs = model.output_head.log_probs(logits[:, -1])[0]  # (vocab_size,)
+        log_probs = model.output_head.log_probs(decoder(token[None]))[0]  # (vocab_size,)
         if temperature == 0:
             token = log_probs.argmax()
         else:
@@ -60,8 +63,7 @@ def generate(
                 lowest = scaled.topk(min(top_k, len(scaled))).values[-1]
                 scaled = scaled.masked_fill(scaled < lowest, -torch.inf)
             token = torch.multinomial(scaled.softmax(-1), 1, generator=generator)[0]
-        yield int(token), log_probs, metrics
-        logits, state, metrics = model(token.view(1, 1), state)
+        yield int(token), log_probs, decoder
 
 
 def main() -> None:
@@ -110,7 +112,7 @@ def print_generated_text(model: Transformer, task: Task, options: argparse.Names
     start_time = last_report = time.perf_counter()
     parts = []
     tokens = generate(model, prompt, options.temperature, options.top_k, options.seed)
-    for count, (token, _, metrics) in enumerate(tokens, start=1):
+    for count, (token, _, decoder) in enumerate(tokens, start=1):
         text = decode(token)
         parts.append(text)
         sys.stdout.buffer.write(text)
@@ -118,7 +120,8 @@ def print_generated_text(model: Transformer, task: Task, options: argparse.Names
         if count % REPORT_EVERY == 0 or count == options.max_new_tokens:
             now = time.perf_counter()
             speed = ((count - 1) % REPORT_EVERY + 1) / (now - last_report)
-            size, kilobytes = float(metrics["memory/size"]), float(metrics["memory/bytes"]) / 1000
+            metrics = decoder.pop_metrics()
+            size, kilobytes = metrics["memory/size"], metrics["memory/bytes"] / 1000
             report = f"{count:,} tokens, {speed:.0f}/s, {size:.1f} memories, {kilobytes:.1f} kB"
             print(f"\n[{report}]", file=sys.stderr)
             last_report = now

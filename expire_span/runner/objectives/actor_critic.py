@@ -14,8 +14,8 @@ are out of reach.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,11 @@ from torch import Tensor
 from expire_span.tasks.actions import ActionDistribution, Categorical
 from expire_span.tasks.base import Envs, RLTask
 
+from ...decoding import Decoder
 from ...output_heads import at_least_float32
-from ...transformer import State
 from ..build import autocast
 from ..logging.answer_metrics import AccuracyByDistance
-from ..logging.metrics import MetricAverager, Metrics, RunningMeans
+from ..logging.metrics import MetricAverager, Metrics, RunningMeans, to_numbers
 from ..logging.performance import StepTimer
 from ..micro_batches import MicroBatches, evaluation_states
 from ..ranks import max_numbers, own_streams, sum_tensor, world_size
@@ -75,17 +75,15 @@ class ActorCritic:
         """The rollout to learn from; a new one once all epochs of the last one are done."""
         if not self.rollout:
             start = self.timer.now()
-            current = list(states)  # acting leaves the memories as they are: learning goes through the block once more
             num_envs, distribution = self.config.train.batch_size, self.task.action_distribution
             sampler = ActionSampler(self.generator, self.streams, num_envs, distribution)
             with autocast(self.config, self.device):
-                self.rollout, episodes = collect_rollout(
-                    model, current, states.rows, self.envs, sampler, self.config.train.block_size
-                )
+                actor = Actor(model, states)  # leaves the states as they are: learning goes through the block once more
+                self.rollout, episodes = collect_rollout(actor, self.envs, sampler, self.config.train.block_size)
+                self.rollout["next_value"] = actor(self.envs.observe(), self.envs.steps)[:, -1]  # (B,)
             add_advantages(self.rollout, self.config.actor_critic)
             self.timer.add("rollout", start)
             self.blocks += 1
-            episodes = {name: value for name, value in episodes.items() if name.startswith("rl/")}
             self.averager.add(episodes)
             self.progress.add(episodes)
         model.train()
@@ -177,16 +175,15 @@ class ActorCritic:
         generator = torch.Generator(device).manual_seed(config.seed)
         sampler = ActionSampler(generator, streams, num_envs, task.action_distribution)
         states = evaluation_states(model, config, streams.stop - streams.start)
-        current, averager = list(states), RunningMeans()
+        averager = RunningMeans()
+        with autocast(config, device):
+            actor = Actor(model, states, span_cap)
         by_distance = AccuracyByDistance(device, model.max_reach(span_cap))
         steps_left = config.eval.max_blocks * block_size  # in which counted episodes may begin
         while steps_left > 0 or max_numbers([(envs.steps > -steps_left).any().item()])[0]:
             with autocast(config, device):
-                rollout, means = collect_rollout(
-                    model, current, states.rows, envs, sampler, block_size, steps_left, by_distance, span_cap
-                )
-            del means["span_loss"]
-            averager.add(means)
+                rollout, episodes = collect_rollout(actor, envs, sampler, block_size, steps_left, by_distance)
+            averager.add(episodes | actor.pop_metrics(num_envs))
             if max_numbers([not rollout["log_prob"].isfinite().all()])[0]:
                 raise ValueError(
                     f"{split}: no action can be sampled; the weights have diverged: try a lower optimizer.lr"
@@ -251,49 +248,59 @@ def own_envs(task: RLTask, num_envs: int, device: torch.device, split: str, **op
     return task.make_envs(streams.stop - streams.start, device, split=split, **options)
 
 
+class Actor:
+    """The model in all environments of this rank, timestep by timestep.
+
+    Args:
+        model: What acts; compiled or not, it acts uncompiled.
+        states: Of each micro-batch; they stay as they are.
+        span_cap: Timesteps: spans longer than this are shortened to it (None: no limit).
+    """
+
+    def __init__(self, model: Any, states: MicroBatches, span_cap: int | None = None):
+        model.eval()
+        self.rows = states.rows
+        self.decoders = [Decoder(getattr(model, "_orig_mod", model), state, span_cap) for state in states]
+
+    def __call__(self, observation: Tensor, reach: Tensor) -> Tensor:
+        """Observe one timestep: (B, vocab_size) and (B,) to the model's outputs (B, num_classes)."""
+        parts = zip(self.decoders, self.rows, strict=True)
+        return torch.cat([decoder(observation[rows], reach[rows]) for decoder, rows in parts])
+
+    def pop_metrics(self, num_envs: int) -> Metrics:
+        """The memory metrics since the last call: this rank's share of their means over `num_envs` environments."""
+        shares: Metrics = defaultdict(float)
+        for decoder, rows in zip(self.decoders, self.rows, strict=True):
+            for name, value in decoder.pop_metrics().items():
+                shares[name] += value * (rows.stop - rows.start) / num_envs
+        return shares
+
+
 @torch.no_grad()
 def collect_rollout(
-    model: Any,
-    states: list[State],
-    rows: Sequence[slice],
+    actor: Actor,
     envs: Envs,
     sampler: ActionSampler,
     num_steps: int,
     max_start_step: float = math.inf,
     by_distance: AccuracyByDistance | None = None,
-    span_cap: int | None = None,
 ) -> tuple[Rollout, Metrics]:
-    """Act for num_steps timesteps, sampling from the policy one timestep at a time.
+    """Act for num_steps timesteps, sampling from the policy.
 
     Args:
-        states: of each micro-batch; replaced by the states after the rollout.
-        rows: the environments of each micro-batch.
         max_start_step: Count only episodes that begin fewer than this many timesteps from now.
         by_distance: receives the success of each counted episode, where the task knows a distance.
-        span_cap: timesteps; spans longer than this are shortened to it.
 
     Returns:
-        the rollout, and the metrics of memory and episodes: this rank's share of them (see `per_episode`).
+        the rollout without its next_value, and the metrics of episodes: this rank's share of them (see `per_episode`).
     """
-    steps, sums = [], MetricAverager()
-    model.eval()
-
-    def act(states: list[State]) -> tuple[ActionDistribution, Tensor, list[State]]:
-        """The policy, values (B,), and the states after this timestep."""
-        observation, reach = envs.observe()[:, None], envs.steps[:, None]  # (B, 1, vocab_size), (B, 1)
-        outputs, next_states = [], []
-        for index, part in enumerate(rows):
-            output, state, metrics = model(observation[part], states[index], reach[part], span_cap)
-            outputs.append(output[:, 0])
-            next_states.append(state)
-            sums.add_share(metrics, (part.stop - part.start) / sampler.num_envs, is_first=index == 0)
-        return *policy_and_value(torch.cat(outputs), sampler.distribution), next_states
-
-    for step in range(num_steps):
+    steps, infos = [], []
+    for _ in range(num_steps):
         observation, reach, resetting = envs.observe(), envs.steps, envs.resetting  # (B, vocab_size), (B,), (B,)
-        policy, value, states[:] = act(states)
+        policy, value = policy_and_value(actor(observation, reach), sampler.distribution)
         action = policy.sample(sampler)  # (B,), or (B, k)
         reward, done = envs.step(action)  # (B,), (B,)
+        infos.append(envs.episode_info)
         steps.append({
             "observation": observation,
             "reach": reach,
@@ -302,18 +309,23 @@ def collect_rollout(
             "value": value,
             "reward": reward,
             "done": done,
-            "truncated": done & envs.episode_info["truncated"],
             "resetting": resetting,
         })  # fmt: skip
-        counted = done & (step + 1 - envs.episode_info["episode_length"] < max_start_step)  # (B,)
-        episodes = {f"rl/{name}": (value.float() * counted).sum() for name, value in envs.episode_info.items()}
-        sums.add({**episodes, "rl/episodes": counted.float().sum()})
-        if by_distance and "distance" in envs.episode_info:
-            by_distance.add(envs.episode_info["success"], counted, envs.episode_info["distance"])
-    rollout = {name: torch.stack([step[name] for step in steps], 1) for name in steps[0]}  # (B, T, ...)
-    means = sums.pop_own_means()
-    rollout["next_value"] = act(states)[1]  # (B,)
-    return rollout, means
+    rollout = stack_timesteps(steps)
+    info = stack_timesteps(infos)
+    rollout["truncated"] = rollout["done"] & info["truncated"]
+    start_step = torch.arange(1, num_steps + 1, device=info["episode_length"].device) - info["episode_length"]  # (B, T)
+    counted = rollout["done"] & (start_step < max_start_step)  # (B, T)
+    if by_distance and "distance" in info:
+        by_distance.add(info["success"], counted, info["distance"])
+    episodes = {f"rl/{name}": (value.float() * counted).sum(0).mean() for name, value in info.items()}
+    episodes["rl/episodes"] = counted.float().sum(0).mean()
+    return rollout, dict(zip(episodes, to_numbers(list(episodes.values())), strict=True))
+
+
+def stack_timesteps(timesteps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack what there is of each timestep, (B, ...), to (B, T, ...)."""
+    return {name: torch.stack([values[name] for values in timesteps], 1) for name in timesteps[0]}
 
 
 def policy_and_value(outputs: Tensor, distribution: Distribution) -> tuple[ActionDistribution, Tensor]:

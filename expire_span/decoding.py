@@ -1,0 +1,206 @@
+"""Decode one timestep at a time, as acting and generating do, with memories that are written in place.
+
+Outputs, states and metrics are those of `Transformer.forward` with blocks of one timestep.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .attention import soft_mask, span_attention
+from .kernels.dispatch import select_backend
+from .kernels.packed_layout import NEVER
+from .memory.cache import Cache
+from .memory.mechanism import Mechanism
+from .memory.packed import Memory
+from .transformer import State, Transformer, TransformerBlock
+
+
+class Decoder:
+    """A model's streams, timestep by timestep, without gradients.
+
+        decoder = Decoder(model, model.initial_state(batch_size))
+        logits = decoder(tokens)            # (B,) to (B, num_classes), for each timestep
+        state = decoder.state()             # to go on with blocks
+
+    Args:
+        model: In evaluation mode. Its weights must not change while it decodes.
+        state: From `initial_state`, a block or another decoder; it stays as it is.
+        span_cap: Timesteps: longer spans are shortened to this (None: no limit).
+
+    Raises:
+        ValueError: If the model is in training mode.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Transformer, state: State, span_cap: int | None = None):
+        if model.training:
+            raise ValueError("a Decoder is for evaluation: call model.eval() first")
+        self.model, self.next_step, self.fingerprint = model, int(state["step"]), model.weights_fingerprint()
+        memories = state["layers"]
+        if state.get("weights_fingerprint") != self.fingerprint:
+            memories = [memory._replace(kv=None) for memory in memories]  # the cached keys belong to other weights
+        layers = cast(Iterable[TransformerBlock], model.layers)
+        self.layers = [LayerDecoder(layer, memory, span_cap) for layer, memory in zip(layers, memories, strict=True)]
+        self.timesteps = 0  # since the last call of `pop_metrics`
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, reach: Tensor | None = None) -> Tensor:
+        """Process one timestep.
+
+        Args:
+            tokens: (B,), (B, F) or multi-hot floats (B, vocab_size), see `Transformer.embed`.
+            reach: (B,), timesteps since the episode began (None: one endless episode).
+
+        Returns:
+            The logits (B, num_classes), or with an adaptive softmax the hidden states (B, d).
+        """
+        hidden = self.model.embed(tokens[:, None])[:, 0]  # (B, d)
+        for layer in self.layers:
+            hidden = layer(hidden, self.next_step, self.model.position, reach)
+        self.next_step += 1
+        self.timesteps += 1
+        return self.model.output_head(self.model.norm(hidden))
+
+    @torch.no_grad()
+    def state(self) -> State:
+        """Return a copy of the state after the last timestep."""
+        step = torch.tensor(self.next_step, device=self.model.position.device)
+        memories = [layer.cache.packed() for layer in self.layers]
+        return {"step": step, "layers": memories, "weights_fingerprint": self.fingerprint}
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Return the means over the timesteps since the last call of what `aggregate_metrics` tells of memories."""
+        num_queries = self.timesteps * self.layers[0].cache.num_streams
+        sums = torch.stack([layer.counts.sum(0) for layer in self.layers]).T.tolist()  # (3, layers)
+        size, held, span = ([value / num_queries for value in values] for values in sums)
+        bytes_of_memories = sum(layer.bytes_of_memory * count for layer, count in zip(self.layers, held, strict=True))
+        self.timesteps = 0
+        for layer in self.layers:
+            layer.counts.zero_()
+        return {
+            "memory/size": sum(size) / len(size),
+            "memory/span": sum(span) / len(span),
+            "memory/held": sum(held) / len(held),
+            "memory/bytes": bytes_of_memories + 8 * len(self.layers),  # 8: the end of a stream's rows
+            **{f"memory/size_layer_{index}": value for index, value in enumerate(size)},
+            **{f"memory/held_layer_{index}": value for index, value in enumerate(held)},
+        }
+
+
+class LayerDecoder:
+    """One layer and its cache.
+
+    Attributes:
+        counts: (B, 3), sums over timesteps: memories that were seen, the mean over heads; memories held after the
+            timestep; the new memory's span, the mean over heads.
+    """
+
+    def __init__(self, layer: TransformerBlock, memory: Memory, span_cap: int | None):
+        self.layer, self.mechanism = layer, layer.mechanism
+        self.span_cap = math.inf if span_cap is None else float(span_cap)
+        self.max_distance = NEVER if self.mechanism.max_distance is None else self.mechanism.max_distance
+        projections = (layer.attention.query_proj, layer.attention.key_proj, layer.attention.value_proj)
+        self.qkv_weight = torch.cat([projection.weight for projection in projections])  # (3 d, d)
+        self.cache = cache = Cache(layer.with_kv(memory))
+        self.bytes_of_memory = sum(
+            rows.element_size() * rows[0, 0].numel() for rows in (cache.hidden, cache.time, cache.min_distance)
+        )
+        self.offsets = torch.arange(cache.num_streams + 1, device=cache.time.device)  # of one new row a stream
+        self.new_distance = cache.min_distance.new_ones(cache.num_streams)
+        self.counts = torch.zeros(cache.num_streams, 3, dtype=torch.float64, device=cache.time.device)
+        has_one_dtype = cache.hidden.dtype == cache.key_value.dtype  # not under autocast
+        backend = select_backend(layer.attention.backend, cache.hidden.device.type, cache.hidden.dtype)
+        self.attend = self.attend_in_cpp if backend == "cpp" and has_one_dtype else self.attend_in_torch
+
+    def __call__(self, hidden: Tensor, step: int, position: Tensor, reach: Tensor | None) -> Tensor:
+        """Process one timestep: (B, d) to (B, d), as `TransformerBlock.forward` does."""
+        layer = self.layer
+        time = torch.full_like(self.new_distance, step)  # (B,)
+        self.pool(step, time)
+        normalized = layer.attention_norm(hidden) if layer.pre_norm else hidden
+        query_key_value = linear(normalized, self.qkv_weight)  # (B, 3 d)
+        span = layer.spans(Memory(normalized, time, self.new_distance, self.offsets)).to(hidden.dtype)  # (B, h)
+        self.cache.make_room()
+        attended, counts = self.attend(hidden, query_key_value, span, step, position, reach)  # (B, d), (B, 3)
+        self.counts += counts
+        attention_output = layer.attention.output_proj(attended)
+        if layer.pre_norm:
+            hidden = hidden + attention_output
+            return hidden + layer.feedforward(layer.feedforward_norm(hidden))
+        hidden = layer.attention_norm(hidden + attention_output)
+        return layer.feedforward_norm(hidden + layer.feedforward(hidden))
+
+    def pool(self, step: int, time: Tensor) -> None:
+        """Append the memory that the mechanism makes of earlier ones at this timestep, if any."""
+        if type(self.mechanism).pool is Mechanism.pool or step % self.mechanism.pool_interval:
+            return
+        pooled = self.mechanism.pool(self.cache.rows(), time[:1])
+        if pooled is not None and (pooled.min_distance < NEVER).any():
+            pooled = self.layer.with_kv(pooled)
+            key, value, span = cast(tuple[Tensor, ...], pooled.kv)
+            self.cache.append(pooled.hidden, torch.stack([key, value], 1), span, pooled.time, pooled.min_distance)
+
+    def attend_in_cpp(
+        self, hidden: Tensor, query_key_value: Tensor, span: Tensor, step: int, position: Tensor, reach: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same as `attend_in_torch`, in one operator."""
+        cache, mechanism = self.cache, self.mechanism
+        attended, counts = torch.ops.expire_span_cpp.decode(
+            hidden, query_key_value, span, *cache.tensors(), cache.columns, step,
+            mechanism.ramp, self.max_distance, self.span_cap, position, mechanism.num_positions, mechanism.rows, reach,
+        )  # fmt: skip
+        cache.columns += 1
+        return attended, counts
+
+    def attend_in_torch(
+        self, hidden: Tensor, query_key_value: Tensor, span: Tensor, step: int, position: Tensor, reach: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Append the new memory, attend to all, and mark as dead those that no later timestep can see.
+
+        Args:
+            hidden: (B, d).
+            query_key_value: (B, 3 d).
+            span: (B, h), timesteps.
+            step: The timestep.
+            position: The model's table of relative positions.
+            reach: (B,), or None.
+
+        Returns:
+            The heads' outputs, (B, d), and what this timestep adds to `counts`, (B, 3).
+        """
+        cache, mechanism = self.cache, self.mechanism
+        query, key_value = query_key_value.unflatten(1, (3, *cache.key_value.shape[3:])).split([1, 2], 1)
+        cache.append(hidden, key_value, span, torch.full_like(self.new_distance, step), self.new_distance)
+        key, value = cache.key_value.transpose(1, 3).unbind(2)  # (B, H, C, D) each
+        position = position[: mechanism.num_positions]
+        if mechanism.rows is not None:
+            position = position[mechanism.rows]
+        age, spans = step - cache.time, cache.span.clamp(max=self.span_cap)  # (B, C), (B, C, h)
+        max_age = torch.full_like(self.new_distance, self.max_distance)  # (B,)
+        if reach is not None:
+            max_age = torch.minimum(max_age, reach)
+        attended = span_attention(
+            query.transpose(1, 2),
+            key,
+            value,
+            age=age,
+            span=spans.transpose(1, 2),
+            ramp=mechanism.ramp,
+            position=position,
+            reach=max_age[:, None],
+            min_distance=cache.min_distance,
+        )  # (B, H, 1, D); fmt: skip
+        in_range = (age >= cache.min_distance) & (age <= max_age[:, None])  # (B, C)
+        seen = (soft_mask(age[..., None], spans, mechanism.ramp) > 0) & in_range[..., None]  # (B, C, h)
+        keep = (soft_mask(age[..., None] + 1, spans, mechanism.ramp) > 0).any(-1)  # (B, C)
+        keep = keep & (cache.min_distance < NEVER) & (age + 1 <= self.max_distance)
+        if reach is not None:
+            keep = keep & (age <= reach[:, None])
+        cache.min_distance.masked_fill_(~keep, NEVER)
+        counts = (seen.sum(1).double().mean(1), keep.sum(1), span.clamp(max=self.span_cap).double().mean(1))
+        return attended.flatten(1), torch.stack(counts, 1)
