@@ -134,6 +134,7 @@ def main() -> None:
 
     shown = text[-held_out:][None, : 12 * BLOCK]  # (1, time)
     spans, tokens = spans_over_time(model, [(block, None) for block in shown.split(BLOCK, 1)])
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     plot(spans[:, 0, -440:], tokens[0, -440:], arguments.output)
     print(f"the spans of 440 characters are in {arguments.output}")
 

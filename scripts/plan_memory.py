@@ -25,6 +25,7 @@ from hydra import compose, initialize_config_module
 from torch.profiler import ProfilerActivity, profile
 
 from expire_span.memory import Memory
+from expire_span.runner.commands.output_files import output_path, write_output
 from expire_span.runner.config.schema import validate
 from expire_span.runner.cost_model import OVERHEAD, initial_memories, memory_by_part, run_sizes
 from expire_span.runner.logging.performance import peak_memory, reset_peak_memory
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=tuple(SIZES))
     parser.add_argument("--overrides", nargs="*", default=[], help="of the config of every case")
     parser.add_argument("--parts", action="store_true", help="print the predicted parts of each case, too")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to a file, too")
+    parser.add_argument("--markdown", type=output_path, metavar="FILE", help="write the table to a file, too")
     options = parser.parse_args()
     lines = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2)]
     print("\n".join(lines))
@@ -142,7 +143,7 @@ def main() -> None:
         origin = provenance(sys.argv)
         lines = ["# Predicted and measured memory", "", *TEXT, "", *lines, ""]
         lines.append(f"`{origin['command']}`, one thread, {json.dumps(origin['versions'])}, commit {origin['commit']}.")
-        options.markdown.write_text("\n".join(lines) + "\n")
+        write_output(options.markdown, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

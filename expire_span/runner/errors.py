@@ -73,6 +73,8 @@ def described(error: Exception) -> str:
 
 def explained(error: Exception) -> str:
     """The message of an error, in one line; Hydra's long ones in our words, with what may have been meant."""
+    if isinstance(error, OSError) and isinstance(error.filename, str) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     message = one_line(error).partition(" full_key: ")[0]  # which OmegaConf adds for programmers
     if missing := re.search(
         r"Could not find '([\w/]+)/([^/']+)' Available options in '.*?': (.*?) Config search", message

@@ -259,10 +259,10 @@ def test_a_table_that_needs_data_of_the_user_says_so(monkeypatch, tmp_path):
         (["table1", "memory.alpha=1"], "memory.alpha belongs to the presets of the table"),
         (["table1", "--seeds=one"], "--seeds must be numbers with commas between them, as in 1,2,3, got one"),
         (["table1", "--seeds=0,1", "--tune"], "seed 0 is that of the tuning, which a table must not use"),
-        (["figure9", "task.path=none.txt"], "No such file or directory: 'none.txt'"),
+        (["figure9", "task.path=none.txt"], "error: none.txt: No such file or directory"),
         (["table1", "task.data_dir=data"], "EXPIRE_SPAN_CACHE says where data lies"),
         (["table1", "hydra.sweep.dir=elsewhere"], "hydra.sweep.dir is how this command finds its runs; --runs"),
-        (["table1", "--out=/dev/null"], "Not a directory: '/dev/null/mini'"),  # and no run is started for nothing
+        (["table1", "--out=/dev/null"], "error: /dev/null/mini: Not a directory"),  # and no run is started for nothing
         (["claims"], "there are no tables in results: make some first"),
         (["memory_copy", "size=paper"], "memory_copy has no rows at size=paper"),
         (["table1", "--no-launch"], "9 runs are missing; the same command goes on with them"),
@@ -284,8 +284,8 @@ def test_a_table_that_cannot_be_made_is_told_at_the_end_and_the_others_are_made(
     ended = forked_command(["expire-span-paper", "figure5", "table6", "table5", "--no-launch", "--out=out"], work)
     assert ended.code == 1
     assert ended.stderr.splitlines() == [
-        "error: figure5: [Errno 21] Is a directory: 'out/mini/figure5.md'",
-        "error: table6: [Errno 21] Is a directory: 'out/mini/table6.md'",
+        "error: figure5: out/mini/figure5.md: Is a directory",
+        "error: table6: out/mini/table6.md: Is a directory",
         "error: 33 runs are missing; the same command goes on with them",
     ]
     assert "# Table 5" in ended.stdout

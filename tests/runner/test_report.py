@@ -287,6 +287,14 @@ def test_the_command_prints_the_table_and_writes_the_same_to_a_file(tmp_path):
     assert (tmp_path / "runs.csv").exists()
 
 
+@pytest.mark.parametrize("option", ["--markdown", "--csv", "--html"])
+def test_the_folder_of_a_file_that_is_written_is_made(tmp_path, monkeypatch, option):
+    run_folder(tmp_path / "runs")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main([str(tmp_path / "runs"), f"{option}=~/new folder/of this/file"])
+    assert "expire_span" in (tmp_path / "new folder/of this/file").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -297,9 +305,10 @@ def test_the_command_prints_the_table_and_writes_the_same_to_a_file(tmp_path):
             "no run has a metric 'test/acuracy', but for example test/accuracy",
         ),
         (["runs", "--bar", "test/accuracy>=0.9"], "--bar is now called --threshold: --threshold 'test/accuracy>=0.9'"),
-        (["runs", "--csv", "nowhere/runs.csv"], "non-existent directory: 'nowhere'"),
+        (["runs", "--csv", "/dev/null/runs.csv"], "error: /dev/null: File exists"),
+        (["runs", "--markdown", "runs"], "error: runs: Is a directory"),
     ],
-    ids=["path", "threshold", "metric", "former name", "output"],
+    ids=["path", "threshold", "metric", "former name", "no folder", "no file"],
 )
 def test_a_wrong_argument_is_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     run_folder(tmp_path / "runs/a")

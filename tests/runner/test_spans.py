@@ -97,7 +97,7 @@ def run(tmp_path_factory):
 
 def make_page(folder, *options):
     """Call the command; return the page that it writes, and the data in it."""
-    path = folder / "spans.html"
+    path = folder / "new/spans.html"
     main([*map(str, options), "--output", str(path)])
     parsed = Page(path.read_text())
     return parsed, json.loads(parsed.scripts[0])
@@ -190,12 +190,12 @@ def test_the_loss_along_the_data_is_averaged_in_windows_for_each_run(run, edited
 def test_a_picture_lies_beside_the_page_and_without_matplotlib_the_page_says_what_is_missing(
     run, edited, tmp_path, monkeypatch, capsys
 ):
-    assert (edited[0] / "spans.png").read_bytes().startswith(b"\x89PNG")
+    assert (edited[0] / "new/spans.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "expire_span.runner.spans.picture", raising=False)
     make_page(tmp_path, run, "--max-tokens", 20)
     assert capsys.readouterr().out.endswith("matplotlib is missing: pip install 'expire-span[plots]'\n")
-    assert not (tmp_path / "spans.png").exists()
+    assert not (tmp_path / "new/spans.png").exists()
 
 
 def soft_masks(data, layer, settings, moment):
@@ -295,7 +295,8 @@ def test_a_larger_span_is_darker_on_a_light_page_and_lighter_on_a_dark_one():
         (["--replace", "Egypt=wall"], "--replace Egypt=wall: not in the vocabulary of this run: 'E'"),
         (["--replace", "llaw=wall"], "--replace llaw=wall: the text that is shown does not have 'llaw'"),
         (["--text", "nowhere.txt"], "--text nowhere.txt does not exist"),
-        (["--output", "spans.txt"], "--output must be a .html file in a folder that exists, got spans.txt"),
+        (["--output", "spans.txt"], "--output must be a .html file, got spans.txt"),
+        (["--output", "/dev/null/spans.html"], "/dev/null/spans.html cannot be written: /dev/null is no folder"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(run, tmp_path, monkeypatch, options, message):

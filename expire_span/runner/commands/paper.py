@@ -38,12 +38,12 @@ from expire_span.paper_tuning import SEED, Choice, choose, describe, points
 
 from ..config.overrides import is_override, parse, quote
 from ..errors import SHOW_TRACEBACK, USER_ERRORS, described, exit_with_message, root_cause
-from ..run_folder.files import write_atomically
 from ..run_folder.identity import is_below
 from ..spans.describe import Request, describe_runs
 from ..spans.page import page
 from ..spans.picture import draw_spans
 from ..stop_signals import Stopped, stop_signals
+from .output_files import output_path, write_output
 from .report import format_number
 
 FREE = ("hydra", "run", "wandb")  # sections that change no result
@@ -133,13 +133,13 @@ def write_table(table: Table, size: str, runs: Path, out: Path, tuning: str = ""
     """Write NAME.md, .csv, .svg and .png, or .html for a page; return the Markdown, and how many runs are lacking."""
     lines, left_out = read_lines(table, size, runs)
     text = markdown(table, size, lines, left_out, tuning)
-    out.mkdir(parents=True, exist_ok=True)
     if table.page is None:
+        out.mkdir(parents=True, exist_ok=True)
         draw(table, size, lines, [out / f"{table.name}.{ending}" for ending in ("svg", "png")])
     else:
         text += write_page(table.page, table, size, runs, out)
-    (out / f"{table.name}.md").write_text(text, encoding="utf-8")
-    csv_rows(lines, runs).to_csv(out / f"{table.name}.csv", index=False)
+    write_output(out / f"{table.name}.md", text)
+    write_output(out / f"{table.name}.csv", csv_rows(lines, runs).to_csv(index=False))
     return text, num_holes(lines)
 
 
@@ -154,14 +154,14 @@ def write_page(settings: Mapping[str, Any], table: Table, size: str, runs: Path,
         return ""
     options = {key: value.get(size) if key == "span_cap" else value for key, value in settings.items()}
     if "text" in options:
-        (out / f"{table.name}.txt").write_text(options["text"], encoding="utf-8")
+        write_output(out / f"{table.name}.txt", options["text"])
         options["text"] = out / f"{table.name}.txt"
     data = describe_runs(Request(folders, **options | {"replacements": list(options.get("replacements", {}).items())}))
     data |= {"run": table.rows[0].title, "command": table.command}
     if data["curves"]:
         for curve, row in zip(data["curves"]["runs"], table.rows, strict=True):
             curve["name"] = row.title
-    write_atomically(out / f"{table.name}.html", page(data).encode())
+    write_output(out / f"{table.name}.html", page(data))
     draw_spans(data, out / f"{table.name}.png")
     columns = [
         *(f"layer {layer}" for layer in range(len(data["layers"]))),
@@ -257,7 +257,7 @@ def make(options: argparse.Namespace) -> list[str]:
     if {CLAIMS, "all"} & set(names):
         with kept_for_the_end(failures, CLAIMS):
             text = judge(options.out)
-            (options.out / f"{CLAIMS}.md").write_text(text, encoding="utf-8")
+            write_output(options.out / f"{CLAIMS}.md", text)
             print(text)
     print(*left_out, sep="\n", end="\n" if left_out else "", file=sys.stderr)
     problems = list(failures.values())
@@ -289,8 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("arguments", nargs="+", metavar="TABLE|KEY=VALUE", help="tables, size=mini or size=paper, and overrides")
     add("--seeds", metavar="N,N", help="of every row (default: those of the table, 1,2,3 or more)")
     add("--tune", action="store_true", help="choose learning rate and one key of each model first (conf/tuning)")
-    add("--runs", type=Path, default=Path("runs/paper"), help="folder of the runs (default runs/paper)")
-    add("--out", type=Path, default=Path("results"), help="tables are written into OUT/SIZE (default results)")
+    add("--runs", type=output_path, default=Path("runs/paper"), help="folder of the runs (default runs/paper)")
+    add("--out", type=output_path, default=Path("results"), help="tables are written into OUT/SIZE (default results)")
     add("--from-wandb", metavar="ENTITY/PROJECT", help="take missing runs from W&B, where this command has made them")
     add("--no-launch", action="store_true", help="write the tables from the runs that there are")
     add("--dry-run", action="store_true", help="print the commands that would be run, and do nothing")

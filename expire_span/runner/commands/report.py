@@ -10,7 +10,6 @@ import operator
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,6 +17,7 @@ import pandas as pd
 from expire_span.results import load_runs, metric_columns, setting_columns
 
 from ..errors import exit_with_message
+from .output_files import output_path, write_output
 
 # None of these changes a metric; tokens follow from the other settings, up to where an episode happens to end.
 IGNORED_SETTINGS = {"run.checkpoint_every", "run.progress_bar", "protocol.tokens"}
@@ -211,9 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--threshold", action="append", default=[], metavar="'METRIC>=VALUE'", help=help_threshold)
     add("--bar", help=argparse.SUPPRESS)
     add("--distance", action="store_true", help="add a table by how far back the answer lies")
-    add("--csv", metavar="FILE", help="write one row for each run, with all settings and metrics")
-    add("--markdown", metavar="FILE", help="write what is printed to a file, too")
-    add("--html", metavar="FILE", help="write a page with the table, plots and filters, for a browser")
+    add("--csv", type=output_path, metavar="FILE", help="write one row for each run, with all settings and metrics")
+    add("--markdown", type=output_path, metavar="FILE", help="write what is printed to a file, too")
+    add(
+        "--html", type=output_path, metavar="FILE", help="write a page with the table, plots and filters, for a browser"
+    )
     options = parser.parse_args(arguments)
     if options.bar:
         parser.error(f"--bar is now called --threshold: --threshold '{options.bar}'")
@@ -221,13 +223,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = load_runs(*options.runs)
         text = markdown_report(runs, options.threshold, options.distance)
         if options.markdown:
-            Path(options.markdown).write_text(text, encoding="utf-8")
+            write_output(options.markdown, text)
         if options.csv:
-            runs[runs["problem"] == ""].drop(columns=["problem", "simplifications"]).to_csv(options.csv, index=False)
+            table = runs[runs["problem"] == ""].drop(columns=["problem", "simplifications"])
+            write_output(options.csv, table.to_csv(index=False))
         if options.html:
             from expire_span.comparison_page import comparison_page  # which needs this module
 
-            Path(options.html).write_text(comparison_page(runs), encoding="utf-8")
+            write_output(options.html, comparison_page(runs))
     except Exception as error:
         exit_with_message(error)
     print(text, end="")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import exit_with_message
-from ..run_folder.files import write_atomically
 from ..run_folder.provenance import command_line
 from ..spans.describe import Request, describe_runs
 from ..spans.page import page
+from .output_files import output_path, write_output
 
 LOSS_TOKENS = 100_000  # of the loss along the data, if several runs are compared
 
@@ -41,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     help_loss = f"tokens of the loss along the data (default {LOSS_TOKENS:,} with several runs, else 0: none)"
     add("--loss-tokens", type=int, metavar="N", help=help_loss)
     add(
-        "--output", type=Path, default=Path("spans.html"), metavar="FILE", help="default spans.html; beside it the .png"
+        "--output",
+        type=output_path,
+        default=Path("spans.html"),
+        metavar="FILE",
+        help="default spans.html; beside it the .png",
     )
     options = parser.parse_args(arguments)
     if options.loss_tokens is None:
@@ -57,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.loss_tokens,
         )
         data = describe_runs(request) | {"command": command_line(sys.argv)}
-        write_atomically(options.output, page(data).encode())
+        write_output(options.output, page(data))
         report(data)
         print(f"page: {options.output}")
         draw(data, options.output.with_suffix(".png"))
@@ -76,8 +80,11 @@ def check(options: argparse.Namespace) -> None:
     ):
         if value is not None and value < least:
             raise ValueError(f"{flag} must be at least {least}, got {value}")
-    if options.output.suffix != ".html" or not options.output.parent.is_dir():
-        raise ValueError(f"--output must be a .html file in a folder that exists, got {options.output}")
+    if options.output.suffix != ".html":
+        raise ValueError(f"--output must be a .html file, got {options.output}")
+    existing = next(path for path in options.output.absolute().parents if path.exists())
+    if not existing.is_dir():  # before minutes of reading
+        raise ValueError(f"--output {options.output} cannot be written: {existing} is no folder")
     if options.text and not options.text.is_file():
         raise FileNotFoundError(f"--text {options.text} does not exist, or is no file")
 
