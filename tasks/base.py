@@ -152,7 +152,7 @@ class Envs(Protocol):
         """Take actions (B,) int64, or as the task's distribution has them.
 
         Returns:
-            rewards (B,) float32, and done (B,) bool: the episode was terminated or truncated in this step.
+            The rewards, (B,) float32, and where an episode was terminated or truncated in this step, (B,) bool.
         """
         ...
 

@@ -245,7 +245,8 @@ class GymnasiumEnvs:
         """Take actions as the task's distribution samples them.
 
         Returns:
-            rewards (B,) float32, and done (B,) bool.
+            reward: (B,) float32.
+            done: (B,) bool.
 
         Raises:
             EnvError: with what an environment has raised as its cause.
@@ -279,9 +280,10 @@ class GymnasiumEnvs:
             if key in infos and infos[f"_{key}"][done].all():
                 return np.where(done, infos[key], 0).astype(np.float32)
         if done.any():
+            names = [name for name in infos if not name.startswith("_") and name != STATISTICS]
             raise EnvValueError(
                 f"task.metric=success needs is_success or success in the infos of {self.task.id} when an episode ends, "
-                f"which have {', '.join(infos) or 'nothing'}; use task.metric=episode_return"
+                f"which have {', '.join(names) or 'nothing'}; use task.metric=episode_return"
             )
         return np.zeros(self.num_envs, np.float32)
 
