@@ -18,7 +18,7 @@ import torch
 from .files import write_atomically
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-PACKAGES = ("numpy", "hydra-core", "expire-span", "triton")
+PACKAGES = ("numpy", "hydra-core", "expire-span", "triton", "gymnasium")
 DIFF_LIMIT = 5 * 2**20  # bytes
 
 
