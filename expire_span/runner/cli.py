@@ -167,13 +167,16 @@ def only_prints(arguments: list[str]) -> bool:
 
 
 def check_flags(arguments: list[str]) -> None:
-    """Raises ValueError for a flag that Hydra does not take, for which its parser would print the whole usage."""
+    """Raises ValueError for a flag that Hydra's parser does not take, or would guess, as --mult for --multirun."""
 
     def refuse(message: str) -> NoReturn:
         raise ValueError(f"{message}; see expire-span --help")
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
+    parser.allow_abbrev = False
+    if "-s" in arguments:  # which argparse completes nevertheless
+        parser.error("unrecognized arguments: -s")
     if parser.parse_args(arguments).experimental_rerun:
         raise ValueError("--experimental-rerun would load a pickle, which can run code; resume=RUN continues a run")
 
