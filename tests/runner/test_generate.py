@@ -164,6 +164,18 @@ def test_the_text_is_logged_beside_the_run_if_asked_for(run, tmp_path, monkeypat
     assert capfdbinary.readouterr().out.decode(errors="replace").startswith(prompt + text)
 
 
+def test_where_wandb_fails_the_text_is_written_and_the_warning_names_no_file_that_is_not_there(
+    run, tmp_path, monkeypatch, capfdbinary, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(wandb, "init", lambda **keywords: 1 / 0)
+    monkeypatch.setattr("sys.argv", ["expire-span-generate", str(run), "--max-new-tokens", "3", "--wandb"])
+    main()
+    assert len(capfdbinary.readouterr().out) > 3
+    [warning] = [record.message for record in caplog.records if "W&B" in record.message]
+    assert warning == "W&B is off for this run (division by zero); nothing else is lost"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -105,7 +105,7 @@ def isolated(label: str, tracker: AbstractContextManager[LogRow]) -> Iterator[Lo
     try:
         log_row = tracker.__enter__()
     except Exception as error:  # no package, no network, no disk space: none of them may stop the run
-        log.warning("%s is off for this run (%s); metrics.jsonl has everything", label, error)
+        log.warning("%s is off for this run (%s); nothing else is lost", label, error)
     if log_row is None:
         yield lambda row, media: None
         return
@@ -117,7 +117,7 @@ def isolated(label: str, tracker: AbstractContextManager[LogRow]) -> Iterator[Lo
             try:
                 log_row(row, media)
             except Exception as error:
-                log.warning("%s stopped (%s); metrics.jsonl goes on", label, error)
+                log.warning("%s stopped (%s); nothing else did", label, error)
                 works = False
 
     def close(error: BaseException | None) -> None:
@@ -125,7 +125,7 @@ def isolated(label: str, tracker: AbstractContextManager[LogRow]) -> Iterator[Lo
             tracker.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
         except Exception as failure:
             if works and failure is not error:
-                log.warning("%s did not finish (%s); metrics.jsonl has everything", label, failure)
+                log.warning("%s did not finish (%s); nothing else is lost", label, failure)
 
     try:
         yield log_while_it_works
