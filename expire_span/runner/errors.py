@@ -94,6 +94,8 @@ def explained(error: Exception) -> str:
             f"there is no key {key}; `expire-span --cfg job` prints those there are, and ++KEY=VALUE sets one "
             "of another task or optimizer, as in a sweep"
         )
+    if null := re.match(r"Could not delete from config\. '(.*)' does not exist", message):
+        return f"~{null[1]} removes nothing: the key is null, or there is none; {null[1]}=null is how to set it to null"
     if unreadable := re.match(r"Error parsing override '(.*)' missing EQUAL", message):
         return f"{unreadable[1]} is neither KEY=VALUE nor a flag; see expire-span --help"
     return message

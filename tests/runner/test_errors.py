@@ -16,6 +16,7 @@ from expire_span.runner.errors import OutOfMemory, shortened
         ("sead=3", "there is no key sead; did you mean seed?"),
         ("hydra.run.dri=x", "there is no key hydra.run.dri; did you mean hydra.run.dir?"),
         ("optimizer.eps=1", "there is no key optimizer.eps; `expire-span --cfg job` prints those there are"),
+        ("~eval.interval", "~eval.interval removes nothing: the key is null, or there is none; eval.interval=null is"),
         ("model=tran_xl", "model=tran_xl does not exist; did you mean trans_xl?"),
         ("foo", "foo is neither KEY=VALUE nor a flag; see expire-span --help"),
         ("--unknown", "unrecognized arguments: --unknown; see expire-span --help"),
