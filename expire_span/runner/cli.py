@@ -29,9 +29,12 @@ from .config.overrides import (
     is_below,
     is_override,
     literal,
+    missing_folders,
+    new_folders,
     parse,
     quote,
     quote_text,
+    remove_empty_new_folders,
     sweep_folder_name,
 )
 from .config.schema import validate
@@ -91,6 +94,7 @@ def run_command() -> None:
     except Exception as error:
         exit_with_message(error)
     finally:
+        remove_empty_new_folders()
         sys.stdout.flush()  # what the interpreter could not write at its end would change the exit code
 
 
@@ -116,6 +120,8 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     parsed = {override.key_or_group: override for override in map(parse, overrides)}
     check_arguments(parsed, flags, is_sweep)
     new = []
+    for key in parsed.keys() & {"hydra.run.dir", "hydra.sweep.dir"}:
+        new_folders.extend(missing_folders(str(parsed[key].value())))
     if "resume" in parsed:
         folder = Path(str(OmegaConf.create([parsed["resume"].value()])[0]))  # without the escapes of OmegaConf
         if "${" in str(folder):
@@ -191,8 +197,6 @@ def hydra_main(config: DictConfig) -> None:
     except Exception as error:
         job = HydraConfig.get().job
         if OmegaConf.is_missing(job, "num"):
-            with suppress(OSError):  # a folder in which nothing was written
-                Path(HydraConfig.get().runtime.output_dir).rmdir()
             exit_with_message(error)
         is_reporter(one_line(root_cause(error)))
         log.error(f"job {job.num} failed: {one_line(root_cause(error))}")

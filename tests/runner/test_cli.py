@@ -257,10 +257,30 @@ def test_bad_input_is_reported_in_one_line_that_names_the_value(overrides, messa
     assert left in ([], ["run.log"])  # nothing that looks like a run
 
 
-def test_a_start_that_is_refused_by_its_data_leaves_no_folder(tmp_path):
-    result = run_command("task=text", "task.path=nowhere.txt", folder=tmp_path / "run")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["task=text", "task.path=nowhere.txt"],
+        ["task.episode_length=2"],  # which the task refuses
+        ["memory.alpha=-1", "hydra.run.dir=a/folder/of/folders"],
+        ["evaluate=nowhere"],
+        ["-m", "model=expire_span,tran_xl"],
+        ["-m", "model=expire_span,tran_xl", "hydra.sweep.dir=a/folder"],
+    ],
+    ids=" ".join,
+)
+def test_a_start_that_is_refused_leaves_no_folder(arguments, tmp_path):
+    (tmp_path / "work").mkdir()
+    result = forked_command(["expire-span", *arguments], tmp_path / "work", 120)
     assert result.code == 1
-    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_an_empty_folder_of_before_a_start_that_is_refused_stays(tmp_path):
+    (tmp_path / "of the user").mkdir()
+    assert run_command("memory.alpha=-1", folder=f"'{tmp_path}/of the user/run'").code == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "of the user"]
+    assert list((tmp_path / "of the user").iterdir()) == []
 
 
 def test_a_run_folder_in_use_is_refused(folder):

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,32 @@ def free_folder(path: str) -> str:
     """Make the folder; if it exists already, one with a number behind its name. Two starts never share one."""
     number, folder = 1, path
     while True:
+        missing = missing_folders(folder)
         try:
             os.makedirs(folder)
+            new_folders.extend(missing)
             return folder
         except FileExistsError:
             number += 1
             folder = f"{path}-{number}"
+
+
+new_folders: list[Path] = []  # that are made by this start
+
+
+def missing_folders(path: str) -> list[Path]:
+    """A folder and the folders above it, as far as they do not exist."""
+    absolute = Path(path).absolute()
+    return [folder for folder in (absolute, *absolute.parents) if not folder.exists()]
+
+
+def remove_empty_new_folders() -> None:
+    """Remove the folders that this start has made and left empty, because it was refused."""
+    for folder in sorted(new_folders, key=lambda folder: -len(folder.parts)):
+        with suppress(OSError):
+            if os.listdir(folder) == ["multirun.yaml"]:  # which Hydra writes before it composes the jobs of a sweep
+                (folder / "multirun.yaml").unlink()
+            folder.rmdir()
 
 
 OmegaConf.register_new_resolver("file_name", file_name, replace=True)
