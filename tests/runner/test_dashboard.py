@@ -36,7 +36,7 @@ def test_quality_is_plotted_against_updates_and_memories_held(capsys):
     view = printed(capsys, "--metric", "bpb", "--project", "books")
     assert (view["entity"], view["project"]) == ("team", "books")
     [scatter] = [panel["config"] for panel in panels(view) if panel["viewType"] == "Scatter Plot"]
-    assert (scatter["xAxis"], scatter["yAxis"]) == ("summary:test/memory/held", "summary:test/bpb.last")
+    assert (scatter["xAxis"], scatter["yAxis"]) == ("summary:test/memory/held", "summary:test/bpb")
     lines = [panel["config"] for panel in panels(view) if panel["viewType"] == "Run History Line Plot"]
     axes = [(line["xAxis"], line["metrics"]) for line in lines]
     assert axes[:2] == [("update", ["valid/bpb", "test/bpb"]), ("valid/memory/held", ["valid/bpb"])]

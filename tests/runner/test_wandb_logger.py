@@ -62,8 +62,6 @@ def test_an_offline_run_is_kept_for_a_later_sync_under_its_own_id(tmp_path, monk
     content = path.read_bytes()
     [run] = [record.run for record in wandb_records(path) if record.HasField("run")]
     assert (run.run_group, run.job_type, list(run.tags)) == ("together", "ExpireSpan", ["a", "b"])
-    [best] = [record.metric.summary for record in wandb_records(path) if record.metric.name == "test/accuracy"]
-    assert (best.max, best.min) == (True, False)
     for text in (b"together", b"train/accuracy", b"memory/size_layer_1", b"expire_span.tasks.copy.Copy"):
         assert text in content
     rows = wandb_rows(path)
@@ -74,6 +72,22 @@ def test_an_offline_run_is_kept_for_a_later_sync_under_its_own_id(tmp_path, monk
     [model] = [record.artifact for record in wandb_records(path) if record.artifact.type == "model"]
     assert set(model.aliases) == {"best", "latest"}
     assert {file.path for file in model.manifest.contents} == {"best.safetensors", "summary.json", "vocab.json"}
+
+
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", 0.9), ("error", 0.1)])
+def test_the_summary_has_the_best_value_beside_the_last_one_which_stays_a_number(metric, best, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    key = f"valid/{metric}"
+    with trackers(tiny_config("wandb.mode=offline"), tmp_path, "id123456", metric) as log_row:
+        for update, value in enumerate((0.1, 0.9, 0.5)):
+            log_row({"update": update, key: value})
+        summary = sys.modules["wandb"].run.summary
+        assert (summary[key], summary[f"{key}_best"]) == (0.5, best)
+    [path] = written_files()
+    stored = {}
+    for record in wandb_records(path):
+        stored |= {item.key or tuple(item.nested_key): json.loads(item.value_json) for item in record.summary.update}
+    assert stored[f"{key}_best"] == best
 
 
 def test_weights_that_are_a_link_are_not_uploaded(tmp_path, monkeypatch, caplog):
@@ -215,6 +229,19 @@ def test_the_points_of_a_wandb_sweep_are_commands_of_ours(path, end):
     assert split in config.eval.splits
     assert metric == build_task(config).metric
     assert (sweep["metric"]["goal"] == "minimize") == (metric in LOWER_IS_BETTER)
+
+
+def test_a_bayesian_sweep_optimizes_what_the_run_reports_at_its_end(tmp_path):
+    """W&B's search takes the best value of the metric that a run has logged: there must be one, also for a task or
+    size that evaluates on the way.
+    """
+    sweep = yaml.safe_load((CONF / "wandb_sweeps/rate_and_alpha.yaml").read_text())
+    values = {key: parameter.get("value", parameter.get("min")) for key, parameter in sweep["parameters"].items()}
+    overrides = [f"{key}={value}" for key, value in values.items()]
+    config = validate(compose_config(*COPY, "eval.interval=2", *overrides, "tracker=none"))
+    metrics = train(config, tmp_path)
+    name = sweep["metric"]["name"]
+    assert [row[name] for row in read_metrics(tmp_path / "metrics.jsonl") if name in row] == [metrics[name]]
 
 
 def test_a_run_without_the_package_continues_and_says_so(tmp_path, monkeypatch, caplog):

@@ -38,7 +38,7 @@ def workspace(entity: str, project: str, metric: str = "accuracy", name: str = "
         return reports.LinePlot(title=title, x=x, y=list(metrics), title_x=x)
 
     table = f"test/{metric}_by_distance"
-    held, last = reports.SummaryMetric("test/memory/held"), reports.SummaryMetric(f"test/{metric}.last")
+    held, last = reports.SummaryMetric("test/memory/held"), reports.SummaryMetric(f"test/{metric}")
     sections: dict[str, list[Any]] = {
         f"Quality: {metric}": [
             plot("by update", f"valid/{metric}", f"test/{metric}"),

@@ -69,7 +69,7 @@ def trackers(
         config: of the run.
         folder: of the run; its name is that of the W&B run.
         run_id: W&B's id of the run, so that a resumed run continues the same one.
-        metric: of the task; W&B's summary shows the best value of each split beside the last one.
+        metric: of the task, as in `wandb_logger`.
         update: from which a resumed run goes on.
         earlier_rows: what a resumed run has logged before; a tracker gets those rows that it lacks.
         job_type, trained_run: of `wandb_logger`, for what does not train.

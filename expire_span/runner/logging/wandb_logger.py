@@ -79,7 +79,7 @@ def wandb_logger(
         config: of the run.
         folder: of the run; its name is the display name of the W&B run.
         run_id: W&B's id of the run, so that a resumed run continues the same one.
-        metric: of the task; W&B's summary shows the best value of each split beside the last one.
+        metric: of the task; W&B's summary has its best value on the validation split (`_best`) beside the last one.
         earlier_rows: what a resumed run has logged before; W&B gets those rows that it lacks.
         job_type: of a run that does not train (None: the model).
         trained_run: id of the run whose model this one uses, if it does not train.
@@ -87,12 +87,16 @@ def wandb_logger(
     run = init_run(config, folder.name, run_id, job_type, trained_run)
     try:
         run.define_metric("*", step_metric="update")  # the axis of every plot
-        best = "min" if metric in LOWER_IS_BETTER else "max"
-        for key in (f"valid/{metric}", f"test/{metric}", f"valid/rl/{metric}", f"test/rl/{metric}"):
-            run.define_metric(key, step_metric="update", summary=f"{best},last")
+        better = min if metric in LOWER_IS_BETTER else max
+        best: dict[str, float] = {}
         known_update = run.summary.get("update", -math.inf)  # the last one of which W&B has a row
 
         def log_row(row: Mapping[str, float], media: Media) -> None:
+            for key in row.keys() & {f"valid/{metric}", f"valid/rl/{metric}"}:
+                # Not by define_metric(summary=...), which puts a dictionary in the place of the last value: a sweep
+                # could neither sort by it nor optimize it.
+                best[key] = better(best.get(key, row[key]), row[key])
+                run.summary[f"{key}_best"] = best[key]
             if row["update"] >= known_update:
                 # Without W&B's step, which may not go back to the checkpoint after a kill.
                 run.log({**row, **{name: to_wandb(item) for name, item in media.items()}})
