@@ -1,59 +1,23 @@
 """Watch a trained agent, and what it still remembers: `expire-span-play RUN`."""
 
 import argparse
+import os
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from expire_span.tasks.gridworld import Gridworld
 
-from expire_span.tasks.gridworld import Gridworld, landmark_in_view
-
-from ...analysis import memory_contents
-from ...output_heads import at_least_float32
 from ..config.schema import validate
 from ..errors import exit_with_message
 from ..load_run import LoadedRun, load_run
+from ..play.frames import play
+from ..play.page import page
+from ..play.terminal import as_text
+from ..play.video import video_writer, write_video
 from ..run_folder.config_files import load_config
 
-ACTIONS = {"^": "up", ">": "right", "v": "down", "<": "left"}  # actions 0 to 3
-SHADES = "·░▒▓█"  # from m = 0, forgotten, to m = 1
-
-
-@torch.no_grad()
-def frames(run: LoadedRun, num_steps: int, seed: int, width: int = 100) -> Iterator[str]:
-    """Play one environment of the test split and yield one text frame a timestep, at most `width` columns wide.
-
-    Actions are sampled from the policy, as in training.
-    """
-    envs = run.task.make_envs(1, run.device, seed=seed, split="test")
-    generator = torch.Generator(run.device).manual_seed(seed)
-    state = run.model.initial_state(1)
-    observations = actions = ""  # of the current episode, one character a timestep
-    for _ in range(num_steps):
-        observation, reach = envs.observe(), envs.steps
-        outputs, state, _ = run.model(observation[:, None], state, reach[:, None])
-        outputs = at_least_float32(outputs[0, 0])  # (num_classes,)
-        log_probs, value = outputs[:-1].log_softmax(-1), outputs[-1]  # (actions,), ()
-        action = torch.multinomial(log_probs.exp(), 1, generator=generator)  # (1,)
-        arrow = list(ACTIONS)[int(action)]
-        observations, actions = observations + landmark_in_view(run.task, observation[0]), actions + arrow
-        episode_start = int(state["step"]) - 1 - int(reach)
-        rows = {"observed": observations, "actions": actions}
-        for layer, (times, m) in enumerate(memory_contents(run.model, state)):
-            row = [SHADES[0]] * len(observations)
-            shades = (m * (len(SHADES) - 1)).ceil().long()
-            for timestep, shade in zip((times - episode_start).tolist(), shades.tolist(), strict=True):
-                row[max(0, timestep)] = SHADES[shade]
-            rows[f"layer {layer}"] = "".join(row)
-        lines = [f"{name:9}{row[-(width - 9) :]}" for name, row in rows.items()]
-        probability = log_probs[action].exp().item()
-        caption = f"goes {ACTIONS[arrow]}, with probability {probability:.0%}; expects a return of {value:.2f}"
-        yield "\n".join([envs.render(width=width), *lines, caption])
-        if envs.step(action)[1]:
-            observations = actions = ""
-            episode = ", ".join(f"{name} {float(value):.4g}" for name, value in envs.episode_info.items())
-            yield f"episode over: {episode}"
+SECONDS_PER_FRAME = 0.25  # of a video, unless --pause says otherwise
 
 
 def main() -> None:
@@ -61,27 +25,62 @@ def main() -> None:
         allow_abbrev=False,
         prog="expire-span-play",
         description="Watch the agent of a run in corridor or portal, and what it still remembers.",
-        epilog="The rows below the map go through the current episode, one character a timestep. seen: r, b an object, "
-        "R, B a door. layer N: what the layer still holds: █ in full, ▓▒░ fading, · forgotten.",
+        epilog="The rows below the map go through the current episode, one character a timestep. observed: r, b an "
+        "object, R, B a door. layer N: what the layer still holds: █, or green, in full, ▓▒░ fading, · forgotten.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--steps", type=int, default=100, help="timesteps to watch (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the environment and of the sampled actions (default 0)")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds between timesteps (default 0)")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between timesteps (default 0; videos 0.25)")
+    parser.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="auto: in a terminal, unless NO_COLOR is set",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to step through, instead of printing")
+    parser.add_argument("--video", type=Path, metavar="FILE", help="write a .gif, or with ffmpeg an .mp4")
     options = parser.parse_args()
     try:
         if options.steps < 1 or options.pause < 0 or options.seed < 0:
             raise ValueError("--steps must be at least 1, --pause and --seed must not be negative")
         run = load_run(options.run, validate(load_config(options.run)))
         if not isinstance(run.task, Gridworld):
-            raise ValueError(f"the task of {options.run} has no environments; play shows corridor and portal")
-        for frame in frames(run, options.steps, options.seed):
-            print(f"{frame}\n", flush=True)
-            time.sleep(options.pause)
-    except KeyboardInterrupt:
+            raise ValueError(f"the task of {options.run} has no map; play shows corridor and portal")
+        if options.html or options.video:
+            write(run, options)
+        else:
+            watch(run, options)
+    except (KeyboardInterrupt, BrokenPipeError):
         pass
     except Exception as error:
         exit_with_message(error)
+
+
+def watch(run: LoadedRun, options: argparse.Namespace) -> None:
+    """Print frame after frame."""
+    color = options.color == "always"
+    if options.color == "auto":
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for frame in play(run, options.steps, options.seed):
+        print(f"{as_text(frame, color)}\n", flush=True)
+        time.sleep(options.pause)
+
+
+def write(run: LoadedRun, options: argparse.Namespace) -> None:
+    """Write the files that the options ask for."""
+    frames_per_second = 1 / (options.pause or SECONDS_PER_FRAME)
+    writer = video_writer(options.video, frames_per_second) if options.video else None
+    frames = list(play(run, options.steps, options.seed))
+    for path in filter(None, (options.html, options.video)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if options.html:
+        title = f"What {options.run.resolve().name} does, and what it remembers"
+        options.html.write_text(page(frames, title), encoding="utf-8")
+        print(options.html)
+    if options.video:
+        write_video(frames, options.video, writer)
+        print(options.video)
 
 
 if __name__ == "__main__":
