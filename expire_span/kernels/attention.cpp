@@ -13,6 +13,7 @@
 #endif
 
 #include "attention_args.h"
+#include "decode.h"  // here, since the headers of torch take most of the time to compile
 #include "fast_exp.h"
 #include "relative_position.h"
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from ..cache_folder import cache_dir
 from .inputs import AttentionInputs
 
-SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
-HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+SOURCES = [Path(__file__).with_name("attention.cpp"), *sorted(Path(__file__).parent.glob("*.h"))]
 FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wfatal-errors"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
@@ -32,7 +31,7 @@ def compile_command(compiler: str, target: Path) -> list[str]:
     # torch.utils.cpp_extension knows these folders too, but warns where a CUDA build of torch finds no device.
     torch_folder = Path(torch.__file__).parent
     flags += [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
-    return [*shlex.split(compiler), *flags, *map(str, SOURCES), "-o", str(target), "-ltorch_cpu", "-lc10"]
+    return [*shlex.split(compiler), *flags, str(SOURCES[0]), "-o", str(target), "-ltorch_cpu", "-lc10"]
 
 
 @cache
@@ -63,7 +62,7 @@ def compiled_library() -> Path:
     """Return the operators as a shared library of the cache folder, which is compiled unless it is there and whole."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
     command = " ".join(compile_command(compiler, Path()))
-    cache_key = command + torch.__version__ + "".join(source.read_text() for source in (*SOURCES, *HEADERS))
+    cache_key = command + torch.__version__ + "".join(source.read_text() for source in SOURCES)
     library = cache_dir() / f"attention-{hashlib.sha256(cache_key.encode()).hexdigest()[:16]}.so"
     if not is_whole(library):
         print("expire-span: compiling the attention for this CPU, once (some 20 seconds)", file=sys.stderr)

@@ -69,7 +69,7 @@ def watch(run: LoadedRun, options: argparse.Namespace) -> None:
 
 def write(run: LoadedRun, options: argparse.Namespace) -> None:
     """Write the files that the options ask for."""
-    frames_per_second = 1 / (options.pause or SECONDS_PER_FRAME)
+    frames_per_second = max(1, round(1 / (options.pause or SECONDS_PER_FRAME)))
     writer = video_writer(options.video, frames_per_second) if options.video else None
     frames = list(play(run, options.steps, options.seed))
     for path in filter(None, (options.html, options.video)):

@@ -21,7 +21,7 @@ CELL_COLORS = {
 WINDOW = 80  # timesteps of the current episode that are shown
 
 
-def video_writer(path: Path, frames_per_second: float) -> Any:
+def video_writer(path: Path, frames_per_second: int) -> Any:
     """The writer of a kind of file. Raises ValueError for one that cannot be written."""
     from matplotlib import animation  # only videos need it
 

@@ -2,6 +2,8 @@
 //
 // Each stream has its own columns of the cache, and those that are dead (min_distance is NEVER) cost no more than a look.
 
+#pragma once
+
 #include "fast_exp.h"
 
 #include <ATen/ATen.h>
@@ -18,8 +20,8 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t NEVER = int64_t(1) << 40;       // as in packed_layout.py
-constexpr int64_t MIN_THREAD_WORK = int64_t(1) << 17;  // multiplications that are worth a thread
+constexpr int64_t NEVER = int64_t(1) << 40;  // as in packed_layout.py
+constexpr int64_t MIN_DECODE_WORK = 1 << 17;    // multiplications that are worth a thread
 
 template <typename real>
 struct Layer {
@@ -171,7 +173,7 @@ std::tuple<Tensor, Tensor> decode(
         reach_ ? reach_->data_ptr<int64_t>() : nullptr, cache_time.size(1), columns, step, heads, head_dim,
         cache_span.size(2), rows_ ? rows_->size(0) : num_positions, max_distance, static_cast<real>(ramp),
         static_cast<real>(span_cap)};
-    const int64_t grain = 1 + MIN_THREAD_WORK / (1 + columns * size);
+    const int64_t grain = 1 + MIN_DECODE_WORK / (1 + columns * size);
     at::parallel_for(0, streams, grain, [&](int64_t first, int64_t end) {
       Visible<real> visible;
       for (int64_t b = first; b < end; ++b) {
