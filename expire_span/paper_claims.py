@@ -6,51 +6,40 @@ conf/claims.yaml has each claim with its checks, of one table each:
     {table: figure6, no_better: Expire-Span 32k, than: Expire-Span 16k, margin: 0.005}
     {table: figure7, at_equal_memory: expire_span, than: trans_xl}          two curves, by their models
     {table: figure5, with_less_memory: expire_span, than: trans_xl, margin: 0.05}
+    {table: figure12, metric: span, more_for: newlines, than: frequent words}     two kinds of tokens, of the same runs
 
 The metric is the table's first one unless a check names another. Differences are of means over seeds, with Welch's 95 %
-interval: shown means that it lies wholly on the claimed side of 0, contradicted that it lies wholly on the other. Where
-a claim says that one is as good as the other, a margin takes the place of 0: that a difference is not seen, as with few
-seeds or wide intervals, shows nothing.
+interval (those of kinds of tokens are within a run, with Student's): shown means that it lies wholly on the claimed
+side of 0, contradicted that it lies wholly on the other. Where a claim says that one is as good as the other, a margin
+takes the place of 0: that a difference is not seen, as with few seeds or wide intervals, shows nothing.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import pandas as pd
 from omegaconf import OmegaConf
 
-from expire_span.tasks.base import LOWER_IS_BETTER
-
 from .paper_rows import CONF
+from .paper_statistics import (
+    CONTRADICTED,
+    NOT_RUN,
+    NOT_SHOWN,
+    SHOWN,
+    Finding,
+    Sample,
+    compare,
+    half_width,
+    lower_is_better,
+    sample,
+)
 from .paper_tables import SIZES, head, measured, read_table, scaled, table_names
 from .runner.commands.report import format_number, format_seeds
 
-SHOWN, NOT_SHOWN, CONTRADICTED, NOT_RUN = "shown", "not shown", "contradicted", "not run"
-LEVEL = 0.95
 HELD = "memory/held"
-
-
-class Finding(NamedTuple):
-    """What one check found."""
-
-    text: str
-    verdict: str
-
-
-class Sample(NamedTuple):
-    """A mean over seeds and its uncertainty."""
-
-    mean: float
-    variance: float  # of the mean
-    degrees: float  # of freedom; 0: one seed
-    seeds: int
-    planned: int  # seeds of its row, of which some may have failed
-
-    def __str__(self) -> str:
-        return f"{self.seeds} of {self.planned}" if self.seeds < self.planned else str(self.seeds)
 
 
 def table_runs(folder: Path, name: str) -> tuple[str, pd.DataFrame]:
@@ -122,10 +111,10 @@ def judge(folder: Path) -> str:
     parts = [
         "# The paper's claims",
         "`expire-span-paper claims`",
-        "Means over seeds, with 95 % intervals of their differences (Welch). Shown: the interval lies on the side that "
-        "the claim says. Contradicted: on the other. Not shown: it includes 0. Where one is claimed to be as good as "
-        "the other, a margin (in conf/claims.yaml) takes the place of 0. At small size: with simpler tasks and smaller "
-        "models (minis).",
+        "Means over seeds, with 95 % intervals of their differences (Welch; of kinds of tokens within a run: Student). "
+        "Shown: the interval lies on the side that the claim says. Contradicted: on the other. Not shown: it includes "
+        "0. Where one is claimed to be as good as the other, a margin (in conf/claims.yaml) takes the place of 0. At "
+        "small size: with simpler tasks and smaller models (minis).",
         to_markdown(verdicts),
         *details,
         f"## Every row\n\n{to_markdown(row_verdicts(folder))}",
@@ -180,49 +169,14 @@ def no_better(runs: pd.DataFrame, metric: str, one: str, other: str, margin: flo
     return Finding(finding.text.replace("better than", "no better than", 1), verdict)
 
 
-def compare(text: str, metric: str, one: Sample | None, other: Sample | None, margin: float = 0) -> Finding:
-    """Whether the mean of one sample is better than that of the other, by more than a margin."""
-    if one is None or other is None:
-        return Finding(text, NOT_RUN)
-    sign = -1 if lower_is_better(metric) else 1
-    difference, error = sign * (one.mean - other.mean), math.sqrt(one.variance + other.variance)
-    numbers = " against ".join(format_number(float(scaled(metric, sample.mean))) for sample in (one, other))
-    if not (one.degrees and other.degrees):
-        return Finding(f"{text}: {numbers}, one seed", NOT_SHOWN)
-    half = half_width(one, other) if error else 0.0
-    low, high = difference - half, difference + half
-    verdict = SHOWN if low > margin else CONTRADICTED if high < margin else NOT_SHOWN
-    interval = f"{format_number(float(scaled(metric, low)), 3)} to {format_number(float(scaled(metric, high)), 3)}"
-    return Finding(f"{text}: {numbers}, better by {interval} ({one} and {other} seeds)", verdict)
-
-
-def half_width(one: Sample, other: Sample) -> float:
-    """Half of the interval of a difference of two means (Welch)."""
-    from scipy.stats import t
-
-    total = one.variance + other.variance
-    degrees = total**2 / (one.variance**2 / one.degrees + other.variance**2 / other.degrees)
-    return float(t.ppf((1 + LEVEL) / 2, degrees)) * math.sqrt(total)
-
-
-def sample(values: pd.Series, planned: int = 0) -> Sample | None:
-    """The mean of the seeds; None if there is none."""
-    values = values.dropna()
-    if values.empty:
-        return None
-    variance = float(values.var()) / len(values) if len(values) > 1 else 0.0
-    return Sample(float(values.mean()), variance, len(values) - 1, len(values), planned)
-
-
 def sample_of_row(runs: pd.DataFrame, metric: str) -> Sample | None:
     """The mean of a metric over the seeds of a row."""
-    planned = int(runs["planned_seeds"].max()) if "planned_seeds" in runs and len(runs) else 0
-    return sample(measured(metric, runs), planned)
+    return sample(measured(metric, runs), planned_seeds(runs))
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether less of a metric is better: errors, losses, and all costs."""
-    return metric.rpartition("/")[2] in LOWER_IS_BETTER or metric.startswith(("perf/", "memory/"))
+def planned_seeds(runs: pd.DataFrame) -> int:
+    """How many seeds a row was to have; 0 if its table does not say."""
+    return int(runs["planned_seeds"].max()) if "planned_seeds" in runs and len(runs) else 0
 
 
 def at_equal_memory(runs: pd.DataFrame, metric: str, one: str, other: str, margin: float) -> Finding:
@@ -309,12 +263,29 @@ def with_less_memory(runs: pd.DataFrame, metric: str, one: str, other: str, marg
     return Finding(f"{text}: {'; '.join(finding.text for finding in counting)}", combine(counting))
 
 
+def more_for(runs: pd.DataFrame, metric: str, one: str, other: str, margin: float) -> Finding:
+    """Whether a metric of a kind of token, such as its span, is larger than that of another kind in the same runs.
+
+    The interval is that of the mean difference within a run: how long spans are in all differs between seeds.
+    """
+    text = f"{metric} of {one} larger than of {other}"
+    kinds = runs.reindex(columns=[f"{metric}/{kind}" for kind in (one, other)])
+    difference = sample(kinds.iloc[:, 0] - kinds.iloc[:, 1], planned_seeds(runs))
+    if difference is None:
+        return Finding(text, NOT_RUN)
+    finding = compare("", metric, difference, difference._replace(mean=0.0, variance=0.0, degrees=math.inf), margin)
+    numbers = " against ".join(map(format_number, kinds.dropna().mean()))
+    interval = finding.text.partition(", ")[2].replace("better", "more").replace(f"{difference} and ", "")
+    return Finding(f"{text}: {numbers}, {interval}", finding.verdict)
+
+
 Check = Callable[[pd.DataFrame, str, str, str, float], Finding]
 CHECKS: Mapping[str, Check] = {
     "better": better,
     "no_better": no_better,
     "at_equal_memory": at_equal_memory,
     "with_less_memory": with_less_memory,
+    "more_for": more_for,
 }
 
 

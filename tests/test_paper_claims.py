@@ -9,10 +9,6 @@ from omegaconf import OmegaConf
 from scipy.stats import ttest_ind
 
 from expire_span.paper_claims import (
-    CONTRADICTED,
-    NOT_RUN,
-    NOT_SHOWN,
-    SHOWN,
     at_equal_memory,
     better,
     check,
@@ -22,10 +18,10 @@ from expire_span.paper_claims import (
     order_verdict,
     overall,
     row_verdicts,
-    sample,
     table_runs,
     with_less_memory,
 )
+from expire_span.paper_statistics import CONTRADICTED, NOT_RUN, NOT_SHOWN, SHOWN, sample
 from expire_span.paper_tables import read_table
 
 ERROR, ACCURACY = "test/error", "test/accuracy"
@@ -202,11 +198,41 @@ def test_a_row_stands_to_others_as_in_the_paper():
     assert order_verdict(runs, ERROR, "not run", numbers | {"not run": 0.1}) == NOT_RUN
 
 
+@pytest.mark.parametrize(
+    ("newlines", "verdict"),
+    [
+        ([22.0, 53.0, 12.0], SHOWN),  # by about the same in each run, though the runs differ by more
+        ([19.0, 48.0, 7.0], CONTRADICTED),
+        ([21.0, 49.0, 9.0], NOT_SHOWN),
+        ([40.0], NOT_SHOWN),  # of one seed nothing is known
+        (None, NOT_RUN),  # as in a table of before the spans of each kind were written
+    ],
+)
+def test_what_is_kept_of_a_text_is_judged_by_the_mean_spans_within_a_run(newlines, verdict, tmp_path):
+    runs = table("test/bpb", **{"Expire-Span": [2.4] * len(newlines or [1])})
+    if newlines is not None:
+        runs = runs.assign(**{"span/newlines": newlines, "span/frequent words": [20.0, 50.0, 9.0][: len(newlines)]})
+    (tmp_path / "mini").mkdir()
+    runs.to_csv(tmp_path / "mini/figure12.csv", index=False)
+    checks = [settings for claim in CLAIMS for settings in claim["checks"] if settings.get("more_for") == "newlines"]
+    [finding] = [check(tmp_path, settings) for settings in checks]
+    assert finding.verdict == verdict
+    assert finding.text.startswith("figure12 (mini): span of newlines larger than of frequent words")
+    if verdict == SHOWN:
+        assert ": 29 against 26.33, more by 1.23 to 4.1 (3 seeds)" in finding.text
+
+
+def test_every_claim_has_a_check():
+    assert all(claim["checks"] for claim in CLAIMS)
+
+
 @pytest.mark.parametrize("number", range(len(CLAIMS)))
 def test_every_check_of_a_claim_names_rows_and_models_that_its_table_has(number, tmp_path):
     for settings in CLAIMS[number]["checks"]:
         assert check(tmp_path, settings).verdict == NOT_RUN  # of a kind that there is, for a table that there is
         tables = [read_table(settings["table"], size) for size in ("mini", "paper")]
+        if "more_for" in settings:
+            assert all(len(one.rows) == 1 and one.page is not None for one in tables)
         titles = {row.title for one in tables for row in one.rows}
         if "better" in settings or "no_better" in settings:
             assert {settings.get("better") or settings["no_better"], settings["than"]} <= titles

@@ -20,7 +20,7 @@ from wait import wait_for_lines
 from expire_span.paper_rows import Row, load_row, missing_seeds, paper_numbers, preset_content, row_config
 from expire_span.paper_sweeps import Progress, launch, sweeps, write_presets
 from expire_span.paper_tables import SIZES, Table, csv_rows, read_lines, read_table, table_content, table_names
-from expire_span.runner.commands.paper import content_hash, main, select_tables, text_path, write_table
+from expire_span.runner.commands.paper import content_hash, distinct_rows, main, select_tables, text_path, write_table
 from expire_span.runner.config.schema import validate
 from expire_span.runner.run_folder.config_files import ConfigFiles, load_config
 from expire_span.runner.train import train
@@ -195,7 +195,9 @@ def test_settings_that_two_tables_share_are_run_once():
     figures = [read_table(name, "mini").rows for name in ("figure9", "figure10", "figure12", "figure13")]
     assert len({row.preset for rows in figures for row in rows}) == 2
     assert read_table("ablations", "mini").rows[0].preset == "table3_expire_span_64k"
-    assert all(row.seeds == (1,) for rows in figures for row in rows)
+    assert [rows[0].seeds for rows in figures] == [(1,), (1, 2, 3), (1, 2, 3), (1,)]
+    tables = [read_table(name, "mini") for name in ("figure9", "figure12", "figure13")]
+    assert [row.seeds for row in distinct_rows(tables)] == [(1, 2, 3), (1,)]  # all that one of the tables needs
 
 
 def test_a_page_shows_what_the_rows_of_a_figure_remember(tmp_path):
@@ -212,6 +214,11 @@ def test_a_page_shows_what_the_rows_of_a_figure_remember(tmp_path):
         train(config, folder, config_files=ConfigFiles(config, {}, []).texts())
     text, _ = write_table(figure, "mini", tmp_path / "runs", tmp_path / "out")
     assert "Mean span by kind of token, in timesteps (with, seed 1, figure9.txt):" in text
+    kinds = pd.read_csv(tmp_path / "out/figure9.csv")  # of each run, by which the claims are judged
+    [shown_in_text] = [line.split("|") for line in text.splitlines() if line.startswith("| all ")]
+    assert kinds["span/all"].notna().all()
+    assert float(shown_in_text[5]) == pytest.approx(kinds["span/all"][0], rel=1e-3)
+    assert kinds["more_bits/all"].notna().all()
     assert (tmp_path / "out/figure9.md").read_text() == text
     assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "out").glob("*.[mc]*"))  # no one's paths
     html = (tmp_path / "out/figure9.html").read_text()
@@ -225,7 +232,8 @@ def test_a_page_shows_what_the_rows_of_a_figure_remember(tmp_path):
     ]
     (folder / "model.safetensors").unlink()  # as of a run that --from-wandb has fetched
     write_table(figure, "mini", tmp_path / "runs", tmp_path / "elsewhere")
-    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["figure9.csv", "figure9.md"]
+    assert not (tmp_path / "elsewhere/figure9.html").exists()
+    assert pd.read_csv(tmp_path / "elsewhere/figure9.csv")["span/all"].notna().tolist() == [True, False]
 
 
 def test_a_table_that_needs_data_of_the_user_says_so(monkeypatch, tmp_path):

@@ -119,44 +119,78 @@ def text_path(given: Sequence[str]) -> Path | None:
 
 
 def distinct_rows(tables: Sequence[Table]) -> list[Row]:
-    """The rows of these tables, each once."""
-    return list({row.preset: row for table in tables for row in table.rows}.values())
+    """The rows of these tables, each once, with the seeds of all tables that have it."""
+    rows: dict[str, Row] = {}
+    for row in (row for table in tables for row in table.rows):
+        seeds = {*row.seeds, *(rows[row.preset].seeds if row.preset in rows else ())}
+        rows[row.preset] = row._replace(seeds=tuple(sorted(seeds)))
+    return list(rows.values())
 
 
 def tuned_table(table: Table, choices: Mapping[str, Choice]) -> Table:
     """The table with the settings that its tuning chose, by the names of its rows."""
-    rows = [choices[row.preset].row for row in table.rows]
+    rows = [choices[row.preset].row._replace(seeds=row.seeds) for row in table.rows]
     return table._replace(rows=rows, command=f"{table.command} --tune")
 
 
 def write_table(table: Table, size: str, runs: Path, out: Path, tuning: str = "") -> tuple[str, int]:
     """Write NAME.md, .csv, .svg and .png, or .html for a page; return the Markdown, and how many runs are lacking."""
     lines, left_out = read_lines(table, size, runs)
+    rows = csv_rows(lines, runs)
     text = markdown(table, size, lines, left_out, tuning)
     if table.page is None:
         out.mkdir(parents=True, exist_ok=True)
         draw(table, size, lines, [out / f"{table.name}.{ending}" for ending in ("svg", "png")])
     else:
-        text += write_page(table.page, table, size, runs, out)
+        shown = [folder for line in lines for folder in line.runs.get("folder", ()) if has_weights(Path(folder))]
+        if shown:
+            options = page_options(table.page, table.name, size, out)
+            kinds = {str(Path(folder).relative_to(runs)): kinds_of_tokens(Path(folder), options) for folder in shown}
+            rows = rows.join(pd.DataFrame.from_dict(kinds, orient="index"), on="folder")
+            text += write_page(options, table, size, runs, out)
     write_output(out / f"{table.name}.md", text)
-    write_output(out / f"{table.name}.csv", csv_rows(lines, runs).to_csv(index=False))
+    write_output(out / f"{table.name}.csv", rows.to_csv(index=False))
     return text, num_holes(lines)
 
 
-def write_page(settings: Mapping[str, Any], table: Table, size: str, runs: Path, out: Path) -> str:
+def page_options(settings: Mapping[str, Any], name: str, size: str, out: Path) -> dict[str, Any]:
+    """What a page of a table shows, at a size, for `Request`; a text of its own is written beside the table."""
+    options = {key: value.get(size) if key == "span_cap" else value for key, value in settings.items()}
+    if "text" in options:
+        write_output(out / f"{name}.txt", options["text"])
+        options["text"] = out / f"{name}.txt"
+    return options | {"replacements": list(options.get("replacements", {}).items())}
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a run is finished and can be shown, unlike one that --from-wandb has fetched."""
+    return is_finished(folder) and (folder / "model.safetensors").is_file()
+
+
+def kinds_of_tokens(folder: Path, options: Mapping[str, Any]) -> dict[str, float]:
+    """What a run keeps of each kind of token, as columns of the table's CSV.
+
+    span/KIND is the mean span in timesteps, of each token in the layer where it is longest; more_bits/KIND what a token
+    costs more if spans are capped.
+    """
+    request = Request([folder], **{key: options[key] for key in ("text", "max_tokens", "span_cap") if key in options})
+    columns = {}
+    for group in describe_runs(request)["texts"][0]["groups"]:
+        columns[f"span/{group['name']}"] = group["longest"]
+        columns |= {f"more_bits/{group['name']}": more for more in group["bits"][1:]}
+    return columns
+
+
+def write_page(options: Mapping[str, Any], table: Table, size: str, runs: Path, out: Path) -> str:
     """Write NAME.html and .png: what the first seed of each row remembers of a text; nothing without its weights.
 
     Returns:
         In Markdown, the mean span of each kind of token in each layer of the first row.
     """
     folders = [runs / size / row.preset / f"seed{row.seeds[0]}" for row in table.rows]
-    if not all(is_finished(folder) and (folder / "model.safetensors").is_file() for folder in folders):
+    if not all(map(has_weights, folders)):
         return ""
-    options = {key: value.get(size) if key == "span_cap" else value for key, value in settings.items()}
-    if "text" in options:
-        write_output(out / f"{table.name}.txt", options["text"])
-        options["text"] = out / f"{table.name}.txt"
-    data = describe_runs(Request(folders, **options | {"replacements": list(options.get("replacements", {}).items())}))
+    data = describe_runs(Request(folders, **options))
     data |= {"run": table.rows[0].title, "command": table.command}
     if data["curves"]:
         for curve, row in zip(data["curves"]["runs"], table.rows, strict=True):
@@ -165,12 +199,14 @@ def write_page(settings: Mapping[str, Any], table: Table, size: str, runs: Path,
     draw_spans(data, out / f"{table.name}.png")
     columns = [
         *(f"layer {layer}" for layer in range(len(data["layers"]))),
+        "longest",
         "loss, bits",
         "more with capped spans, bits",
     ]
     rows = []
     for group in data["texts"][0]["groups"]:
-        values = map(format_number, map(float, [math.nan if x is None else x for x in group["spans"] + group["bits"]]))
+        numbers = [*group["spans"], group["longest"], *group["bits"]]
+        values = map(format_number, (math.nan if number is None else float(number) for number in numbers))
         rows.append({"kind": group["name"], "number": group["count"]} | dict(zip(columns, values, strict=False)))
     kinds = pd.DataFrame(rows).to_markdown(index=False, tablefmt="github", disable_numparse=True)
     what = f"Mean span by kind of token, in timesteps ({data['run']}, seed {table.rows[0].seeds[0]}, {data['source']})"

@@ -83,7 +83,7 @@ def describe(
     texts = codec.texts(passage.tokens)
     spans = np.stack([span[0].double().mean(0).cpu().numpy() for span in reading.spans])  # (layers, time)
     bits = losses_in_bits(reading)
-    rows = [*spans, bits]
+    rows = [*spans, spans.max(0), bits]
     more_bits = None
     if capped is not None:
         more_bits = losses_in_bits(capped) - bits
@@ -109,7 +109,8 @@ def describe(
                 "name": name,
                 "count": int(groups[name].sum()),
                 "spans": numbers(values[:num_layers], 2),
-                "bits": numbers(values[num_layers:], 3),
+                "longest": numbers(values[num_layers : num_layers + 1], 2)[0],  # span of the layers
+                "bits": numbers(values[num_layers + 1 :], 3),
             }
             for name, values in means.items()
         ],
