@@ -85,10 +85,10 @@ def test_the_page_has_every_frame_and_loads_nothing(run, call, tmp_path):
     assert data[7]["memories"] == [[round(100 * m) for m in row] for row in frames[7].memories]
 
 
-def test_a_video_has_every_frame(call, tmp_path):
-    path = tmp_path / "new/agent.gif"
-    call("--steps", 4, "--pause", 0.5, "--video", path)
-    with Image.open(path) as video:
+def test_a_video_has_every_frame(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    call("--steps", 4, "--pause", 0.5, "--video=~/new/agent.gif")
+    with Image.open(tmp_path / "new/agent.gif") as video:
         assert (video.n_frames, video.info["duration"]) == (4, 500)
 
 

@@ -16,6 +16,7 @@ from ..play.page import page
 from ..play.terminal import as_text
 from ..play.video import video_writer, write_video
 from ..run_folder.config_files import load_config
+from .output_files import output_path, write_output
 
 SECONDS_PER_FRAME = 0.25  # of a video, unless --pause says otherwise
 
@@ -38,8 +39,10 @@ def main() -> None:
         default="auto",
         help="auto: in a terminal, unless NO_COLOR is set",
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to step through, instead of printing")
-    parser.add_argument("--video", type=Path, metavar="FILE", help="write a .gif, or with ffmpeg an .mp4")
+    parser.add_argument(
+        "--html", type=output_path, metavar="FILE", help="write a page to step through, instead of printing"
+    )
+    parser.add_argument("--video", type=output_path, metavar="FILE", help="write a .gif, or with ffmpeg an .mp4")
     options = parser.parse_args()
     try:
         if options.steps < 1 or options.pause < 0 or options.seed < 0:
@@ -72,13 +75,12 @@ def write(run: LoadedRun, options: argparse.Namespace) -> None:
     frames_per_second = max(1, round(1 / (options.pause or SECONDS_PER_FRAME)))
     writer = video_writer(options.video, frames_per_second) if options.video else None
     frames = list(play(run, options.steps, options.seed))
-    for path in filter(None, (options.html, options.video)):
-        path.parent.mkdir(parents=True, exist_ok=True)
     if options.html:
         title = f"What {options.run.resolve().name} does, and what it remembers"
-        options.html.write_text(page(frames, title), encoding="utf-8")
+        write_output(options.html, page(frames, title))
         print(options.html)
     if options.video:
+        options.video.parent.mkdir(parents=True, exist_ok=True)
         write_video(frames, options.video, writer)
         print(options.video)
 
