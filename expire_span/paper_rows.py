@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .results import load_runs
 from .runner.config.overrides import parse
+from .runner.config.sections import add_new_keys
 from .runner.run_folder.files import read_summary
 from .runner.run_folder.identity import changes, is_below
 from .runner.run_folder.summary import NO_SETTINGS
@@ -99,10 +100,11 @@ def other_settings(row: Row, folder: Path) -> str:
     saved = read_summary(folder).get("config")
     if not saved or not row.overrides:
         return ""
-    config = row_config(row.overrides)
+    config, saved = row_config(row.overrides), add_new_keys(saved)
     OmegaConf.set_struct(config, False)
     for section in ("hydra", *NO_SETTINGS):
         config.pop(section, None)  # which may refer to a running Hydra
+        saved.pop(section, None)
     now = OmegaConf.to_container(config, resolve=True)
     differing = {
         key.rpartition(".")[2]: f"{key} was {old} and is {new} now"  # by the last part: model.alpha is memory.alpha

@@ -155,6 +155,19 @@ def test_runs_of_one_row_with_different_settings_are_shown_and_not_averaged(tmp_
     assert csv["line"].tolist() == [1, 1, 2]  # by which `claims` knows them
 
 
+def test_a_run_that_was_made_before_a_key_existed_is_one_of_its_row(tmp_path, make_run):
+    folder = make_run(preset_row(LONG), 1)
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["config"]["actor_critic"]["bootstrap_truncated"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    lines, _ = read_lines(two_rows(1), "mini", tmp_path / "runs")
+    assert [len(line.runs) for line in lines] == [0, 1]
+    summary["config"]["actor_critic"]["bootstrap_truncated"] = True
+    (folder / "summary.json").write_text(json.dumps(summary))
+    lines, _ = read_lines(two_rows(1), "mini", tmp_path / "runs")
+    assert [len(line.runs) for line in lines] == [0, 0]
+
+
 def test_a_run_of_a_preset_that_has_changed_since_is_no_run_of_its_row(tmp_path, make_run):
     make_run(preset_row(LONG), 1)
     make_run(preset_row(LONG, settings=(*TINY, "memory.alpha=0.5")), 2)
