@@ -22,6 +22,7 @@ def start(command):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_job_does_not_end_the_others_and_the_same_command_goes_on_with_it(tmp_path):
     command = sweep_command(tmp_path, "seed=1,2", "train.updates=60", "hydra.launcher.n_jobs=2")
     with start(command) as sweep:
