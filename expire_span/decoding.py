@@ -15,7 +15,7 @@ from .attention import soft_mask, span_attention
 from .kernels.dispatch import select_backend
 from .kernels.packed_layout import NEVER
 from .memory.cache import Cache
-from .memory.mechanism import Mechanism
+from .memory.mechanism import Mechanism, accurate_dtype
 from .memory.packed import Memory
 from .transformer import State, Transformer, TransformerBlock
 
@@ -112,7 +112,7 @@ class LayerDecoder:
         )
         self.offsets = torch.arange(cache.num_streams + 1, device=cache.time.device)  # of one new row a stream
         self.new_distance = cache.min_distance.new_ones(cache.num_streams)
-        self.counts = torch.zeros(cache.num_streams, 3, dtype=torch.float64, device=cache.time.device)
+        self.counts = cache.hidden.new_zeros(cache.num_streams, 3, dtype=accurate_dtype(cache.hidden))
         has_one_dtype = cache.hidden.dtype == cache.key_value.dtype  # not under autocast
         backend = select_backend(layer.attention.backend, cache.hidden.device.type, cache.hidden.dtype)
         self.attend = self.attend_in_cpp if backend == "cpp" and has_one_dtype else self.attend_in_torch
@@ -194,7 +194,7 @@ class LayerDecoder:
             position=position,
             reach=max_age[:, None],
             min_distance=cache.min_distance,
-        )  # (B, H, 1, D); fmt: skip
+        )  # (B, H, 1, D)
         in_range = (age >= cache.min_distance) & (age <= max_age[:, None])  # (B, C)
         seen = (soft_mask(age[..., None], spans, mechanism.ramp) > 0) & in_range[..., None]  # (B, C, h)
         keep = (soft_mask(age[..., None] + 1, spans, mechanism.ramp) > 0).any(-1)  # (B, C)
@@ -202,5 +202,6 @@ class LayerDecoder:
         if reach is not None:
             keep = keep & (age <= reach[:, None])
         cache.min_distance.masked_fill_(~keep, NEVER)
-        counts = (seen.sum(1).double().mean(1), keep.sum(1), span.clamp(max=self.span_cap).double().mean(1))
-        return attended.flatten(1), torch.stack(counts, 1)
+        per_head = torch.stack([seen.sum(1).to(span.dtype), span.clamp(max=self.span_cap)])  # (2, B, h)
+        num_seen, mean_span = per_head.to(self.counts.dtype).mean(-1)  # (B,) each
+        return attended.flatten(1), torch.stack([num_seen, keep.sum(1).to(num_seen.dtype), mean_span], 1)

@@ -160,6 +160,11 @@ def memory_size(span: Tensor, ramp: float, nearest: Tensor, farthest: Tensor, nu
     return accurate_sum((last - nearest[:, None] + 1).clamp(min=0)).mean() / num_queries
 
 
+def accurate_dtype(tensor: Tensor) -> torch.dtype:
+    """The largest floating-point numbers that the tensor's device has."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
 def accurate_sum(values: Tensor) -> Tensor:
     """Sum (N, ...) over its rows, in float64 where the device has it: they may be billions."""
-    return values.sum(0, dtype=torch.float32 if values.device.type == "mps" else torch.float64)
+    return values.sum(0, dtype=accurate_dtype(values))

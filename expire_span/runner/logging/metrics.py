@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...memory.mechanism import accurate_dtype
 from .. import ranks
 
 Metrics = dict[str, float]
@@ -79,11 +80,6 @@ def to_numbers(values: list[Any]) -> list[float]:
         return values
     numbers = iter(torch.stack([tensor.to(accurate_dtype(tensor)) for tensor in tensors]).tolist())
     return [next(numbers) if isinstance(value, Tensor) else value for value in values]
-
-
-def accurate_dtype(tensor: Tensor) -> torch.dtype:
-    """The largest floating-point numbers that the tensor's device has."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 class RunningMeans:

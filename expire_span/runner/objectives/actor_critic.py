@@ -219,14 +219,14 @@ class ActorCritic:
 
 
 class ActionSampler:
-    """Draws actions for the environments of all ranks, and keeps those of its own, so that ranks act as one process."""
+    """What actions are sampled by: the task's distribution, and the random numbers for it.
+
+    The numbers are drawn for the environments of all ranks, and those of the own ones kept, so that ranks act as one
+    process.
+    """
 
     def __init__(
-        self,
-        generator: torch.Generator,
-        streams: slice,
-        num_envs: int,
-        distribution: Distribution = Categorical,
+        self, generator: torch.Generator, streams: slice, num_envs: int, distribution: Distribution = Categorical
     ):
         self.generator, self.streams, self.num_envs, self.distribution = generator, streams, num_envs, distribution
 
