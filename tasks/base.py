@@ -15,10 +15,12 @@ and train on it with `task._target_=my_module.Parity`. Keys below `task` are the
 A reinforcement-learning task, in which the model acts in environments, subclasses `RLTask` instead.
 """
 
+import string
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from .actions import ActionDistribution, Categorical
 SPLITS = ("train", "valid", "test")
 METRICS = ("bpb", "bpc", "ppl", "accuracy", "error")  # bits per byte or character, perplexity; shares from 0 to 1
 LOWER_IS_BETTER = ("bpb", "bpc", "ppl", "error")  # of all other metrics, also an RLTask's, more is better
+DIGITS = string.digits + string.ascii_lowercase
 SCORINGS = ("token", "sequence", "line")
 AutoresetMode = Literal["same_step", "next_step"]
 IGNORE_INDEX = -100  # a target that is not scored, as in torch.nn.functional.cross_entropy
@@ -167,6 +170,15 @@ class Envs(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class View(NamedTuple):
+    """What one environment looks like at a timestep, for those who watch."""
+
+    text: list[str]  # lines, such as those of a map; none if there is only an image
+    image: np.ndarray | None  # (rows, columns, 3) uint8
+    caption: str
+    observed: str = ""  # one character for what the agent observes; of a task, all views have one or none has
+
+
 class RLTask(TaskDefaults, ABC):
     """A task in which the model acts in environments, and is trained by actor-critic.
 
@@ -202,3 +214,18 @@ class RLTask(TaskDefaults, ABC):
             autoreset_mode: When an episode that ended is followed by a new one, see `Envs`. "next_step" is given only
                 with `actor_critic.bootstrap_truncated`, which needs the last observations.
         """
+
+    def make_env_to_watch(self, device: torch.device | str, seed: int, with_image: bool) -> Envs:
+        """One environment of the test split. Its views have an image rather than text if `with_image`, if it can."""
+        return self.make_envs(1, device, seed=seed, split="test")
+
+    def view(self, envs: Envs, width: int) -> View:
+        """What the first of `envs` looks like, in text of at most `width` columns if it is a map."""
+        return View([], None, f"step {int(envs.steps[0])}")
+
+    def describe_action(self, action: Tensor) -> tuple[str, str]:
+        """What the first environment is told to do, by actions (1,) or (1, k): one character, and words."""
+        if action.dim() > 1:
+            return "·", f"does ({', '.join(f'{number:.3g}' for number in action[0].tolist())})"
+        number = int(action)
+        return (DIGITS[number] if 0 <= number < len(DIGITS) else "·"), f"does {number}"

@@ -18,11 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import SPLITS, AutoresetMode, RLTask
+from .base import SPLITS, AutoresetMode, Envs, RLTask, View
 
 UP, RIGHT, DOWN, LEFT = range(4)
 RED, BLUE = range(2)
+ACTIONS = {"^": "up", ">": "right", "v": "down", "<": "left"}  # actions 0 to 3
 LEGEND = {" ": "", "#": "block", "r": "object red", "b": "object blue", "R": "door red", "B": "door blue"}
+FLOOR = (245, 245, 247)
+COLORS = {  # of the legend and the agent in an image: red, green, blue
+    "#": (150, 155, 165),
+    "@": (255, 200, 0),
+    "r": (214, 39, 40),
+    "b": (31, 119, 180),
+    "R": (240, 128, 128),
+    "B": (135, 190, 235),
+}
 
 
 class Gridworld(RLTask):
@@ -93,6 +103,18 @@ class Gridworld(RLTask):
     @abstractmethod
     def next_stage(self) -> int:
         """The stage after the present one."""
+
+    def view(self, envs: Envs, width: int) -> View:
+        """See `RLTask`; the image has one pixel for each cell."""
+        assert isinstance(envs, GridworldEnvs)
+        *rows, caption = envs.render(width=width).splitlines()
+        columns = max(map(len, rows))
+        cells = [[COLORS.get(letter, FLOOR) for letter in row.ljust(columns)] for row in rows]
+        return View(rows, np.array(cells, np.uint8), caption, landmark_in_view(self, envs.observe()[0]))
+
+    def describe_action(self, action: Tensor) -> tuple[str, str]:
+        arrow = list(ACTIONS)[int(action)]
+        return arrow, f"goes {ACTIONS[arrow]}"
 
     def update_curriculum(self, progress: float) -> None:
         """Enlarge the episodes that begin from now on once the mean progress is high enough; nan does not count."""

@@ -195,8 +195,8 @@ class GymnasiumEnvs:
     def __init__(self, task: "GymnasiumTask", num_envs: int, device: torch.device, key: tuple[int, int], first: int):
         self.task, self.num_envs, self.device, self.key, self.first = task, num_envs, device, key, first
         self.train = key[0] == 0
-        env: Any = make_vector_env(task, num_envs)
-        env = FlatObservations(RecordEpisodeStatistics(env, stats_key=STATISTICS), task.observations)
+        self.statistics = RecordEpisodeStatistics(make_vector_env(task, num_envs), stats_key=STATISTICS)
+        env: Any = FlatObservations(self.statistics, task.observations)
         if task.normalize_observation:
             env = NormalizeObservation(env)
             env.obs_rms, env.update_running_mean = task.observation_rms, self.train
@@ -273,6 +273,22 @@ class GymnasiumEnvs:
         self.steps = torch.where(self.resetting, 0, self.steps + 1)
         self.resetting = self.tensor(done, torch.bool)
         return self.tensor(reward, torch.float32), self.resetting
+
+    def render(self) -> str | np.ndarray | None:
+        """The first environment as text or as an image (rows, columns, 3) uint8, or None without a render_mode.
+
+        Raises:
+            ValueError: if it fails, for example for lack of a library.
+        """
+        if "render_mode" not in self.task.kwargs:
+            return None
+        try:
+            pictures = self.env.render()
+        except Exception as error:
+            raise ValueError(f"{self.task.id} cannot be drawn: {error}") from error
+        if pictures is None or pictures[0] is None:
+            return None
+        return pictures[0] if isinstance(pictures[0], str) else np.asarray(pictures[0], np.uint8)
 
     def success(self, infos: dict[str, Any], done: np.ndarray) -> np.ndarray:
         """Whether the episodes that ended did so well (B,). Raises EnvValueError if the infos do not tell."""

@@ -7,6 +7,7 @@ Environments reset in the step after the end of an episode (Gymnasium's Autorese
 last observation, takes no action, and learns nothing from it but the value beyond a time limit.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from .actions import ActionDistribution
-from .base import SPLITS, AutoresetMode, Envs, RLTask
+from .base import SPLITS, AutoresetMode, Envs, RLTask, View
 
 METRICS = ("episode_return", "episode_length", "success")
+TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")  # colors
 VECTORIZATION_MODES = ("sync", "async", "vector_entry_point")
 
 
@@ -79,6 +81,7 @@ class GymnasiumTask(RLTask):
         one = gymnasium_envs.make_vector_env(self, 1)
         self.observations = gymnasium_envs.observation_layout(id, one.single_observation_space)
         self.actions = gymnasium_envs.action_kind(id, one.single_action_space)
+        self.render_modes: Sequence[str] = one.metadata.get("render_modes") or ()
         one.close()
         self.vocab_size, self.num_classes = self.observations.size, self.actions.num_outputs + 1
         self.observation_rms = gymnasium_envs.RunningMeanStd(shape=(self.vocab_size,), dtype=np.float32)  # in training
@@ -112,6 +115,28 @@ class GymnasiumTask(RLTask):
             if total not in (None, num_envs) and is_shared:
                 raise ValueError(f"task.{key} works in one process only; with several, do without it")
         return gymnasium_envs.GymnasiumEnvs(self, num_envs, torch.device(device), (SPLITS.index(split), seed), first)
+
+    def make_env_to_watch(self, device: torch.device | str, seed: int, with_image: bool) -> Envs:
+        """See `RLTask`: Gymnasium's render_mode is rgb_array for an image, or ansi, if the environment has it."""
+        for mode in ("rgb_array", "ansi") if with_image else ("ansi",):
+            if mode in self.render_modes and "render_mode" not in self.kwargs:
+                self.kwargs = {**self.kwargs, "render_mode": mode}
+        return self.make_envs(1, device, seed, "test")
+
+    def view(self, envs: Envs, width: int) -> View:
+        """See `RLTask`."""
+        from . import gymnasium_envs
+
+        assert isinstance(envs, gymnasium_envs.GymnasiumEnvs)
+        caption = f"{self.id}, step {int(envs.steps[0])}, return {envs.statistics.episode_returns[0]:.4g}"
+        picture = envs.render()
+        if isinstance(picture, str):
+            return View(TERMINAL_CODES.sub("", picture).splitlines(), None, caption)
+        return View([], picture, caption)
+
+    def describe_action(self, action: Tensor) -> tuple[str, str]:
+        env_action = torch.as_tensor(self.actions.to_env(action.cpu().numpy()))  # (1,) or (1, ...)
+        return super().describe_action(env_action.flatten(1) if env_action.dim() > 1 else env_action)
 
     def state_dict(self) -> dict[str, Any]:
         from . import gymnasium_envs

@@ -80,3 +80,20 @@ class SameStepVectorEnv(gymnasium.vector.VectorEnv):
 
 
 gymnasium.register("SameStep-v0", entry_point=CheckingEnv, vector_entry_point=SameStepVectorEnv)
+
+
+class DrawnEnv(CheckingEnv):
+    """One that can be drawn, as text with colors or as an image, both of which show the step within the episode."""
+
+    metadata = {"render_modes": ["human", "rgb_array", "ansi"], "render_fps": 4}  # noqa: RUF012
+
+    def __init__(self, render_mode=None, cannot_be_drawn=False, **options):
+        super().__init__(**options)
+        self.render_mode, self.cannot_be_drawn = render_mode, cannot_be_drawn
+
+    def render(self):
+        if self.cannot_be_drawn:
+            raise ImportError("no paint")
+        if self.render_mode == "ansi":
+            return f"\033[31mstep {self.steps}\033[0m\n|---|\n"
+        return np.full((6, 8, 3), self.steps, np.uint8)

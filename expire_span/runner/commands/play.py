@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from expire_span.tasks.gridworld import Gridworld
+from expire_span.tasks.base import RLTask
 
 from ..config.schema import validate
 from ..errors import exit_with_message
@@ -25,9 +25,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         prog="expire-span-play",
-        description="Watch the agent of a run in corridor or portal, and what it still remembers.",
-        epilog="The rows below the map go through the current episode, one character a timestep. observed: r, b an "
-        "object, R, B a door. layer N: what the layer still holds: █, or green, in full, ▓▒░ fading, · forgotten.",
+        description="Watch the agent of a run, and what it still remembers.",
+        epilog="The rows below the map go through the current episode, one character a timestep. observed, in corridor "
+        "and portal: r, b an object, R, B a door. layer N: what the layer still holds: █, or green, in full, ▓▒░ "
+        "fading, · forgotten. An environment of Gymnasium is printed if it has the render mode ansi, and drawn by "
+        "--html and --video if it has rgb_array.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--steps", type=int, default=100, help="timesteps to watch (default 100)")
@@ -48,8 +50,8 @@ def main() -> None:
         if options.steps < 1 or options.pause < 0 or options.seed < 0:
             raise ValueError("--steps must be at least 1, --pause and --seed must not be negative")
         run = load_run(options.run, validate(load_config(options.run)))
-        if not isinstance(run.task, Gridworld):
-            raise ValueError(f"the task of {options.run} has no map; play shows corridor and portal")
+        if not isinstance(run.task, RLTask):
+            raise ValueError(f"the model of {options.run} does not act; expire-span-spans shows what it remembers")
         if options.html or options.video:
             write(run, options)
         else:
@@ -74,7 +76,7 @@ def write(run: LoadedRun, options: argparse.Namespace) -> None:
     """Write the files that the options ask for."""
     frames_per_second = max(1, round(1 / (options.pause or SECONDS_PER_FRAME)))
     writer = video_writer(options.video, frames_per_second) if options.video else None
-    frames = list(play(run, options.steps, options.seed))
+    frames = list(play(run, options.steps, options.seed, with_image=True))
     if options.html:
         title = f"What {options.run.resolve().name} does, and what it remembers"
         write_output(options.html, page(frames, title))

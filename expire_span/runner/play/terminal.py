@@ -10,9 +10,11 @@ DARK, BRIGHT = (40, 40, 48), (90, 220, 130)  # of a memory: red, green, blue
 
 def as_text(frame: Frame, color: bool = False, width: int = 100) -> str:
     """The map, then one row each for what was observed, what was done, and what each layer still holds."""
-    lines = [colored(row, color) for row in frame.map] + [frame.caption]
+    lines = [colored(row, color) for row in frame.text] + [frame.caption]
     last = slice(-(width - 9), None)
-    lines += [f"observed {colored(frame.observed[last], color)}", f"actions  {frame.actions[last]}"]
+    if frame.observed:
+        lines.append(f"observed {colored(frame.observed[last], color)}")
+    lines.append(f"actions  {frame.actions[last]}")
     for layer, memory in enumerate(frame.memories):
         lines.append(f"layer {layer:<3}" + "".join(memory_cell(m, color) for m in memory[last]) + RESET * color)
     lines.append(frame.decision)

@@ -9,15 +9,6 @@ import numpy as np
 from .frames import Frame
 from .terminal import BRIGHT, DARK
 
-WALL, FLOOR = (150, 155, 165), (245, 245, 247)
-CELL_COLORS = {
-    "#": WALL,
-    "@": (255, 200, 0),
-    "r": (214, 39, 40),
-    "b": (31, 119, 180),
-    "R": (240, 128, 128),
-    "B": (135, 190, 235),
-}
 WINDOW = 80  # timesteps of the current episode that are shown
 
 
@@ -37,26 +28,23 @@ def write_video(frames: Sequence[Frame], path: Path, writer: Any) -> None:
     """Write a video of frames, with what `video_writer` returned."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    above, below = figure.subplots(2, 1)
+    image = frames[0].image
+    is_high = image is not None and image.shape[0] > image.shape[1] / 3  # unlike a corridor
+    figure = Figure(figsize=(9, 6 if is_high else 4), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=[3 if is_high else 1, 1])
     with writer.saving(figure, str(path), dpi=80):
         for frame in frames:
             above.clear(), below.clear()
-            above.imshow(map_image(frame), interpolation="nearest")
+            if frame.image is not None:
+                above.imshow(frame.image, interpolation="nearest")
+            else:
+                above.text(0, 1, "\n".join(frame.text), family="monospace", verticalalignment="top")
             above.set_axis_off()
             above.set_title(f"{frame.caption}\n{frame.ending or frame.decision}", fontsize=9, loc="left")
             below.imshow(memory_image(frame), interpolation="nearest", aspect="auto", extent=extent(frame))
             below.set_yticks(range(len(frame.memories)), [f"layer {layer}" for layer in range(len(frame.memories))])
             below.set_xlabel("timestep of the episode; green: still remembered")
             writer.grab_frame()
-
-
-def map_image(frame: Frame) -> np.ndarray:
-    """The map as colors: (rows, columns, 3) uint8."""
-    width = max(len(row) for row in frame.map)
-    return np.array(
-        [[CELL_COLORS.get(letter, FLOOR) for letter in row.ljust(width)] for row in frame.map], dtype=np.uint8
-    )
 
 
 def memory_image(frame: Frame) -> np.ndarray:
@@ -70,5 +58,5 @@ def memory_image(frame: Frame) -> np.ndarray:
 
 def extent(frame: Frame) -> tuple[float, float, float, float]:
     """Where the cells of `memory_image` are: left, right, bottom, top."""
-    first = max(0, len(frame.observed) - WINDOW)
+    first = max(0, len(frame.actions) - WINDOW)
     return first - 0.5, first + WINDOW - 0.5, len(frame.memories) - 0.5, -0.5
