@@ -15,7 +15,8 @@ from .attention import soft_mask, span_attention
 from .kernels.dispatch import select_backend
 from .kernels.packed_layout import NEVER
 from .memory.cache import Cache
-from .memory.mechanism import Mechanism, accurate_dtype
+from .memory.mechanism import defines
+from .memory.metrics import accurate_dtype
 from .memory.packed import Memory
 from .transformer import State, Transformer, TransformerBlock
 
@@ -106,16 +107,22 @@ class LayerDecoder:
         self.max_distance = NEVER if self.mechanism.max_distance is None else self.mechanism.max_distance
         projections = (layer.attention.query_proj, layer.attention.key_proj, layer.attention.value_proj)
         self.qkv_weight = torch.cat([projection.weight for projection in projections])  # (3 d, d)
+        if defines(self.mechanism, "log_gate") and memory.fade is None:  # before the first block
+            memory = memory._replace(fade=memory.hidden.new_zeros(len(memory.time), layer.attention.num_heads))
         self.cache = cache = Cache(layer.with_kv(memory))
         self.bytes_of_memory = sum(
-            rows.element_size() * rows[0, 0].numel() for rows in (cache.hidden, cache.time, cache.min_distance)
+            rows.element_size() * rows[0, 0].numel()
+            for rows in (cache.hidden, cache.time, cache.min_distance, *([] if cache.fade is None else [cache.fade]))
         )
         self.offsets = torch.arange(cache.num_streams + 1, device=cache.time.device)  # of one new row a stream
         self.new_distance = cache.min_distance.new_ones(cache.num_streams)
         self.counts = cache.hidden.new_zeros(cache.num_streams, 3, dtype=accurate_dtype(cache.hidden))
         has_one_dtype = cache.hidden.dtype == cache.key_value.dtype  # not under autocast
         backend = select_backend(layer.attention.backend, cache.hidden.device.type, cache.hidden.dtype)
-        self.attend = self.attend_in_cpp if backend == "cpp" and has_one_dtype else self.attend_in_torch
+        has_hooks = any(defines(self.mechanism, method) for method in ("log_gate", "score_bias", "keep"))
+        self.attend = self.attend_in_torch
+        if backend == "cpp" and has_one_dtype and not has_hooks:  # of which the operator knows nothing
+            self.attend = self.attend_in_cpp
 
     def __call__(self, hidden: Tensor, step: int, position: Tensor, reach: Tensor | None) -> Tensor:
         """Process one timestep: (B, d) to (B, d), as `TransformerBlock.forward` does."""
@@ -124,9 +131,11 @@ class LayerDecoder:
         self.pool(step, time)
         normalized = layer.attention_norm(hidden) if layer.pre_norm else hidden
         query_key_value = linear(normalized, self.qkv_weight)  # (B, 3 d)
-        span = layer.spans(Memory(normalized, time, self.new_distance, self.offsets)).to(hidden.dtype)  # (B, h)
+        new = Memory(normalized, time, self.new_distance, self.offsets)
+        span = layer.spans(new).to(hidden.dtype)  # (B, h)
+        log_gate = self.mechanism.log_gate(new)  # (B, H)
         self.cache.make_room()
-        attended, counts = self.attend(hidden, query_key_value, span, step, position, reach)  # (B, d), (B, 3)
+        attended, counts = self.attend(hidden, query_key_value, span, step, position, reach, log_gate)
         self.counts += counts
         attention_output = layer.attention.output_proj(attended)
         if layer.pre_norm:
@@ -137,7 +146,7 @@ class LayerDecoder:
 
     def pool(self, step: int, time: Tensor) -> None:
         """Append the memory that the mechanism makes of earlier ones at this timestep, if any."""
-        if type(self.mechanism).pool is Mechanism.pool or step % self.mechanism.pool_interval:
+        if not defines(self.mechanism, "pool") or step % self.mechanism.pool_interval:
             return
         pooled = self.mechanism.pool(self.cache.rows(), time[:1])
         if pooled is not None and (pooled.min_distance < NEVER).any():
@@ -146,9 +155,16 @@ class LayerDecoder:
             self.cache.append(pooled.hidden, torch.stack([key, value], 1), span, pooled.time, pooled.min_distance)
 
     def attend_in_cpp(
-        self, hidden: Tensor, query_key_value: Tensor, span: Tensor, step: int, position: Tensor, reach: Tensor | None
+        self,
+        hidden: Tensor,
+        query_key_value: Tensor,
+        span: Tensor,
+        step: int,
+        position: Tensor,
+        reach: Tensor | None,
+        log_gate: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The same as `attend_in_torch`, in one operator."""
+        """The same as `attend_in_torch`, in one operator; without gates."""
         cache, mechanism = self.cache, self.mechanism
         attended, counts = torch.ops.expire_span_cpp.decode(
             hidden, query_key_value, span, *cache.tensors(), cache.columns, step,
@@ -158,7 +174,14 @@ class LayerDecoder:
         return attended, counts
 
     def attend_in_torch(
-        self, hidden: Tensor, query_key_value: Tensor, span: Tensor, step: int, position: Tensor, reach: Tensor | None
+        self,
+        hidden: Tensor,
+        query_key_value: Tensor,
+        span: Tensor,
+        step: int,
+        position: Tensor,
+        reach: Tensor | None,
+        log_gate: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Append the new memory, attend to all, and mark as dead those that no later timestep can see.
 
@@ -169,13 +192,15 @@ class LayerDecoder:
             step: The timestep.
             position: The model's table of relative positions.
             reach: (B,), or None.
+            log_gate: (B, H), by which all earlier memories fade for the next timestep, or None.
 
         Returns:
             The heads' outputs, (B, d), and what this timestep adds to `counts`, (B, 3).
         """
         cache, mechanism = self.cache, self.mechanism
         query, key_value = query_key_value.unflatten(1, (3, *cache.key_value.shape[3:])).split([1, 2], 1)
-        cache.append(hidden, key_value, span, torch.full_like(self.new_distance, step), self.new_distance)
+        time = torch.full_like(self.new_distance, step)  # (B,)
+        cache.append(hidden, key_value, span, time, self.new_distance, None if log_gate is None else -log_gate)
         key, value = cache.key_value.transpose(1, 3).unbind(2)  # (B, H, C, D) each
         position = position[: mechanism.num_positions]
         if mechanism.rows is not None:
@@ -193,6 +218,7 @@ class LayerDecoder:
             ramp=mechanism.ramp,
             position=position,
             reach=max_age[:, None],
+            bias=self.score_bias(age),
             min_distance=cache.min_distance,
         )  # (B, H, 1, D)
         in_range = (age >= cache.min_distance) & (age <= max_age[:, None])  # (B, C)
@@ -201,7 +227,21 @@ class LayerDecoder:
         keep = keep & (cache.min_distance < NEVER) & (age + 1 <= self.max_distance)
         if reach is not None:
             keep = keep & (age <= reach[:, None])
+        if log_gate is not None and cache.fade is not None:
+            cache.fade += log_gate[:, None]  # 0 for the new memory
+        if defines(mechanism, "keep"):
+            used = slice(cache.columns)
+            kept = mechanism.keep(cache.rows(), (age + 1)[:, used].flatten(), keep[:, used].flatten())
+            keep[:, used] = kept.view_as(keep[:, used])
         cache.min_distance.masked_fill_(~keep, NEVER)
         per_head = torch.stack([seen.sum(1).to(span.dtype), span.clamp(max=self.span_cap)])  # (2, B, h)
         num_seen, mean_span = per_head.to(self.counts.dtype).mean(-1)  # (B,) each
         return attended.flatten(1), torch.stack([num_seen, keep.sum(1).to(num_seen.dtype), mean_span], 1)
+
+    def score_bias(self, age: Tensor) -> Tensor | None:
+        """What is added to the scores of memories of age (B, C): broadcastable to (B, H, C); None: nothing."""
+        bias, fade = self.mechanism.score_bias(age.flatten()), self.cache.fade
+        if bias is not None:
+            bias = bias.expand(age.numel(), -1).unflatten(0, age.shape)  # (B, C, H or 1)
+            fade = bias if fade is None else fade + bias
+        return None if fade is None else fade.transpose(1, 2)

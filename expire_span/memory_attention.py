@@ -37,6 +37,7 @@ class MemoryAttention(nn.Module):
         position: Tensor,
         rows: Tensor | None = None,
         reach: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Attend from a block to everything in a memory, which has the block's own states as its last part.
 
@@ -44,7 +45,7 @@ class MemoryAttention(nn.Module):
             hidden: (B, T, d), the block.
             memory: N rows, with keys, values and spans.
             age: (N,), timesteps from each row to the block's first query.
-            ramp, position, rows, reach: As in `packed_span_attention`.
+            ramp, position, rows, reach, bias: As in `packed_span_attention`.
 
         Returns:
             (B, T, d)
@@ -63,6 +64,7 @@ class MemoryAttention(nn.Module):
             position=position,
             rows=rows,
             reach=reach,
+            bias=bias,
             min_distance=memory.min_distance,
             dropout=self.dropout if self.training else 0.0,
             backend=self.backend,

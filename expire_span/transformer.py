@@ -14,7 +14,8 @@ from .attention import soft_mask
 from .checks import check_integers, check_tokens
 from .kernels.dispatch import BACKENDS
 from .kernels.packed_layout import NEVER, sample_index
-from .memory.mechanism import Mechanism, accurate_sum, memory_size, visible_distances
+from .memory.mechanism import Mechanism, defines, visible_distances
+from .memory.metrics import accurate_sum, aggregate_metrics, memory_size
 from .memory.packed import Memory, concatenate_parts, counts_and_max_ages, empty, from_dense, keep_rows, with_max_age
 from .memory_attention import MemoryAttention
 from .output_heads import AdaptiveSoftmax, LinearHead, without_autocast
@@ -120,6 +121,7 @@ class TransformerBlock(nn.Module):
         time = step + torch.arange(block_size, device=hidden.device)  # (T,)
         pooled = self.mechanism.pool(memory, time)
         block = from_dense(hidden, time)
+        memory, block, fade = self.faded(memory, block, block_size)
         attended = self.attended(*([memory, block] if pooled is None else [memory, pooled, block]))  # N rows
         age = step - attended.time  # (N,)
         assert attended.kv is not None
@@ -139,6 +141,7 @@ class TransformerBlock(nn.Module):
             position=position[: self.num_positions(memory, pooled, block_size)],
             rows=self.mechanism.rows,
             reach=reach,
+            bias=self.score_bias(attended, age),
         )  # (B, T, d)
         if self.pre_norm:
             hidden = hidden + attention_output
@@ -151,17 +154,42 @@ class TransformerBlock(nn.Module):
         nearest, farthest = visible_distances(age, attended.min_distance, sample, block_size, reach)  # (N,) each
         metrics = {"span_loss": self.mechanism.loss(span, nearest, farthest, batch_size, block_size)}
         with torch.no_grad():
+            if fade is not None and attended.fade is not None:
+                attended = attended._replace(fade=attended.fade + fade.index_select(0, sample))
             m = soft_mask((age + block_size)[:, None], span, self.mechanism.ramp)  # (N, H or 1), for the next block
             keep = (m > 0).any(-1) & (attended.min_distance < NEVER)  # (N,)
             if max_distance is not None:
                 keep = keep & (age + block_size <= max_distance)
             if episode_reach is not None:
                 keep = keep & (age + block_size - 1 <= episode_reach[:, -1][sample])
+            keep = self.mechanism.keep(attended, age + block_size, keep)
             num_queries = batch_size * block_size
             is_new = (attended.time >= step)[:, None]  # (N, 1)
             metrics["memory_size"] = memory_size(span, self.mechanism.ramp, nearest, farthest, num_queries)
             metrics["span"] = accurate_sum(span * is_new).mean() / num_queries
         return hidden, attended, keep, metrics
+
+    def faded(self, memory: Memory, block: Memory, block_size: int) -> tuple[Memory, Memory, Tensor | None]:
+        """Sum the block's log gates, if the mechanism has any.
+
+        Returns:
+            The memory and the block with a `fade`, as of the block's start: a query fades all that it sees by the gates
+            since then, and that cancels in the softmax. And what everything has faded by at the end, (B, H).
+        """
+        if not defines(self.mechanism, "log_gate"):
+            return memory, block, None
+        log_gate = cast(Tensor, self.mechanism.log_gate(self.normalized(block)))  # (B T, H)
+        sums = log_gate.unflatten(0, (-1, block_size)).cumsum(1)  # (B, T, H)
+        if memory.fade is None:
+            memory = memory._replace(fade=sums.new_zeros(len(memory.time), sums.shape[2]))
+        return memory, block._replace(fade=-sums.flatten(0, 1)), sums[:, -1].detach()
+
+    def score_bias(self, memory: Memory, age: Tensor) -> Tensor | None:
+        """Return what is added to the scores of each memory, broadcastable to (N, H); None: nothing."""
+        bias = self.mechanism.score_bias(age)
+        if memory.fade is None:
+            return bias
+        return memory.fade if bias is None else memory.fade + bias
 
     def num_positions(self, memory: Memory, pooled: Memory | None, block_size: int) -> int:
         """Return how many rows of the position table a block needs: none beyond the largest distance to a memory.
@@ -361,36 +389,3 @@ class Transformer(nn.Module):
     def weights_fingerprint(self) -> list[tuple[int, int]]:
         """Return a fingerprint that changes with the weights, except by writes to `.data` or a fused optimizer."""
         return [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
-
-
-def aggregate_metrics(layer_metrics: list[dict[str, Tensor]], memories: list[Memory]) -> dict[str, Any]:
-    """Combine the metrics of all layers.
-
-    Args:
-        layer_metrics: As returned by each layer.
-        memories: What each layer keeps.
-
-    Returns:
-        span_loss: The sum of the layers' span losses, differentiable, with alpha.
-        memory/size: Average memory size |C_t| (sections 3 and 4.1), the mean over queries, samples, heads and layers.
-        memory/size_layer_N: The same for layer N.
-        memory/held: Memories per sample that a layer holds after the block, the mean over samples and layers. More than
-            a query sees where heads have different spans, or where random drop hides some.
-        memory/held_layer_N: The same for layer N.
-        memory/span: Average span of the block's hidden states, timesteps.
-        memory/bytes: Size of the carried memories per sample, without cached keys, values and spans.
-    """
-    sizes = [metrics["memory_size"] for metrics in layer_metrics]
-    batch_size = len(memories[0].offsets) - 1
-    held = [len(memory.time) / batch_size for memory in memories]
-    tensors = [tensor for memory in memories for tensor in (*memory[:3], memory.offsets[1:])]
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return {
-        "span_loss": torch.stack([metrics["span_loss"] for metrics in layer_metrics]).sum(),
-        "memory/size": torch.stack(sizes).mean(),
-        "memory/span": torch.stack([metrics["span"] for metrics in layer_metrics]).mean(),
-        "memory/held": sum(held) / len(held),
-        "memory/bytes": num_bytes / batch_size,
-        **{f"memory/size_layer_{index}": size for index, size in enumerate(sizes)},
-        **{f"memory/held_layer_{index}": count for index, count in enumerate(held)},
-    }

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from small_models import MECHANISMS, small_model
+from small_models import MECHANISMS, NEWER_MECHANISMS, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expire_span.decoding import Decoder
@@ -55,6 +55,8 @@ def assert_equal_memories(state, expected):
             (memory.hidden, *memory.kv), (expected_memory.hidden, *expected_memory.kv), strict=True
         ):
             torch.testing.assert_close(rows, expected_rows, rtol=0, atol=1e-12, check_dtype=False)
+        if expected_memory.fade is not None:
+            torch.testing.assert_close(memory.fade, expected_memory.fade, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -63,7 +65,20 @@ def assert_equal_memories(state, expected):
 )
 @pytest.mark.parametrize("kind", MECHANISMS)
 def test_decoding_equals_blocks_of_one_timestep(kind, pre_norm, episodes, span_cap, backend):
-    model = model_with(kind, backend, pre_norm)
+    check_decoding(model_with(kind, backend, pre_norm), episodes, span_cap)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threshold", [1e-300, 1e-2])
+@pytest.mark.parametrize("kind", NEWER_MECHANISMS)
+def test_decoding_by_newer_mechanisms_equals_blocks_of_one_timestep(kind, threshold):
+    model = small_model(kind, pre_norm=True)
+    for mechanism in model.mechanisms:
+        mechanism.threshold = threshold
+    check_decoding(model, episodes=True, span_cap=None)
+
+
+def check_decoding(model, episodes, span_cap):
     tokens, reach = random_tokens(model), episode_steps() if episodes else None
     state = model.initial_state(BATCH)
     decoder = Decoder(model, state, span_cap)

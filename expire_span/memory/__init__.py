@@ -13,16 +13,40 @@ among them is how memories are handled"):
     | Expire-Span    | e_i, predicted from h_i             | per sample and memory | R    | those with m > 0     |
     | Compressive    | L; L + c (C + 1) for a pooled state | one number per kind   | 1    | the last L, C pooled |
 
+In mechanisms from after the paper memories also get less loud as they age, by a bias of each: score + bias + log m.
+
+    | model                  | span                       | bias                              | what is kept        |
+    | ---------------------- | -------------------------- | --------------------------------- | ------------------- |
+    | Forgetting Transformer | L                          | the sum of log f_j over i < j < t | those still loud    |
+    | Expire-Span with gates | e_i, predicted from h_i    | the same                          | both conditions     |
+    | ALiBi                  | L                          | -slope (t - i), per head          | the last L          |
+    | StreamingLLM           | L; endless for the first S | 0                                 | the last L, S sinks |
+
 What is kept follows from the span: a memory is deleted, for each sample and layer, once m = 0 for the first query of
 the next block. Expire-Span may hold more than L, since a memory with e_i near L fades over R timesteps more (section
 4.1 counts R - 1 + floor(e_i) of them).
 """
 
 from .adaptive_span import AdaptiveSpan
+from .alibi import Alibi
 from .compressive import Compressive
+from .expire_fox import ExpireFox
 from .expire_span import ExpireSpan
+from .fox import Fox
 from .mechanism import Mechanism
 from .packed import Memory
+from .streaming import Streaming
 from .trans_xl import TransXL
 
-__all__ = ["AdaptiveSpan", "Compressive", "ExpireSpan", "Mechanism", "Memory", "TransXL"]
+__all__ = [
+    "AdaptiveSpan",
+    "Alibi",
+    "Compressive",
+    "ExpireFox",
+    "ExpireSpan",
+    "Fox",
+    "Mechanism",
+    "Memory",
+    "Streaming",
+    "TransXL",
+]

@@ -41,6 +41,10 @@ class Compressive(Mechanism):
     def max_reach(self) -> int:
         return self.max_span + self.compression_rate * (self.compressed_size + 1) - 1  # of the oldest state in a mean
 
+    @property
+    def max_memories(self) -> int:
+        return self.max_span + self.compressed_size
+
     def check_block_size(self, block_size: int) -> None:
         rate = self.compression_rate
         if block_size > self.max_span or (block_size % rate and block_size + rate - 1 > self.max_span):

@@ -14,7 +14,9 @@ class Mechanism(nn.Module):
     """How long the memories of one layer live, and what that costs.
 
     Attention masks each memory by its span and the ramp (section 4.1), and the layer deletes it once no later query can
-    see it. A mechanism of your own defines `span`, and optionally `loss` and `pool`. One learned span per layer:
+    see it. A mechanism of your own defines `span`, and optionally `loss` and `pool`; `log_gate` or `score_bias`, by
+    which memories get less loud as they age; and `keep`, which deletes some before their span is over. One learned span
+    per layer:
 
         class LayerSpan(Mechanism):
             def __init__(self, max_span, ramp, alpha):
@@ -71,6 +73,11 @@ class Mechanism(nn.Module):
         faded = math.ceil(self.max_span + self.ramp) - 1
         return faded if self.max_distance is None else min(faded, self.max_distance)
 
+    @property
+    def max_memories(self) -> int:
+        """The largest number of memories that a layer can hold of each stream."""
+        return self.max_reach
+
     def check_block_size(self, block_size: int) -> None:
         """Raise ValueError for blocks of a length that the mechanism cannot process."""
 
@@ -99,6 +106,43 @@ class Mechanism(nn.Module):
         """
         raise NotImplementedError
 
+    def log_gate(self, memory: Memory) -> Tensor | None:
+        """Return what is added to the scores of all earlier memories when one is made, for each head (None: nothing).
+
+        Args:
+            memory: The rows of a block, as `span` gets them.
+
+        Returns:
+            (N, H), at most 0. The layer sums it up for each memory in `Memory.fade`.
+        """
+        return None
+
+    def score_bias(self, age: Tensor) -> Tensor | None:
+        """Return what is added to the scores of each memory, given its age, for each head (None: nothing).
+
+        What is the same for all memories that a query sees has no effect.
+
+        Args:
+            age: (N,), timesteps from each memory to the block's first query.
+
+        Returns:
+            Broadcastable to (N, H).
+        """
+        return None
+
+    def keep(self, memory: Memory, age: Tensor, alive: Tensor) -> Tensor:
+        """Return which memories to keep, of those that the next block could see.
+
+        Args:
+            memory: N rows, with keys, values and spans, and the fade until the next block.
+            age: (N,), timesteps from each memory to the next block's first query.
+            alive: (N,) bool, what the spans and episodes leave.
+
+        Returns:
+            (N,) bool: true only where `alive` is.
+        """
+        return alive
+
     def loss(self, span: Tensor, nearest: Tensor, farthest: Tensor, batch_size: int, block_size: int) -> Tensor:
         """Return the span loss of one block, a scalar that includes its weight alpha.
 
@@ -110,6 +154,11 @@ class Mechanism(nn.Module):
             block_size: T, the number of queries per sample.
         """
         return span.new_zeros(())
+
+
+def defines(mechanism: Mechanism, method: str) -> bool:
+    """Return whether a mechanism has its own version of an optional method."""
+    return getattr(type(mechanism), method) is not getattr(Mechanism, method)
 
 
 def visible_distances(
@@ -138,33 +187,3 @@ def visible_distances(
         index = torch.searchsorted((earliest + shift).flatten(), sample * stride - age, right=True)  # (N,)
         last_query = index - 1 - sample * block_size
     return torch.maximum(age, min_distance), age + last_query
-
-
-def memory_size(span: Tensor, ramp: float, nearest: Tensor, farthest: Tensor, num_queries: int) -> Tensor:
-    """Compute the average memory size: the memories with m > 0 per query (sections 3 and 4.1), averaged over the heads.
-
-    The mask is above 0 at distances < span + ramp. Their count is a closed form, which needs no tensor of shape
-    (queries, memories).
-
-    Args:
-        span: (N, H or 1), timesteps.
-        ramp: R, timesteps.
-        nearest: (N,), as returned by `visible_distances`.
-        farthest: (N,), likewise.
-        num_queries: B T.
-
-    Returns:
-        A scalar.
-    """
-    last = torch.minimum((span + ramp).ceil() - 1, farthest[:, None].to(span.dtype))  # (N, H or 1)
-    return accurate_sum((last - nearest[:, None] + 1).clamp(min=0)).mean() / num_queries
-
-
-def accurate_dtype(tensor: Tensor) -> torch.dtype:
-    """The largest floating-point numbers that the tensor's device has."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
-def accurate_sum(values: Tensor) -> Tensor:
-    """Sum (N, ...) over its rows, in float64 where the device has it: they may be billions."""
-    return values.sum(0, dtype=accurate_dtype(values))

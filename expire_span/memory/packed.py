@@ -9,7 +9,7 @@ parts, one after another, so that each sample has rows in every part, and offset
 them becomes one packed memory again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -28,6 +28,29 @@ class Memory(NamedTuple):
     offsets: Tensor  # (B + 1,) int64: sample b owns rows offsets[b] to offsets[b + 1]; or (parts, B + 1)
     kv: tuple[Tensor, ...] | None = None  # keys and values (N, H, D) and spans (N, H or 1), if computed
     max_age: int | None = None  # timesteps from the oldest row to the next block's first query, if the host knows it
+    fade: Tensor | None = None  # (N, H): the log gates since it was made, summed; added to its scores. None: no gates
+
+
+def carried_rows(memory: Memory) -> list[Tensor]:
+    """What is kept of each row from block to block, (N, ...), apart from what can be computed again."""
+    return [*memory[:3], *([] if memory.fade is None else [memory.fade])]
+
+
+def map_rows(function: Callable[..., Tensor], *memories: Memory) -> Memory:
+    """Apply a function to what memories have of each row, (N, ...) of each of them; `kv` and `fade` if all have them.
+
+    Returns:
+        The results as a memory, with the offsets of the first one, and an unknown `max_age`.
+    """
+    hidden, time, min_distance = (function(*rows) for rows in zip(*(memory[:3] for memory in memories), strict=True))
+    caches = [memory.kv for memory in memories if memory.kv is not None]
+    fades = [memory.fade for memory in memories if memory.fade is not None]
+    kv, fade = None, None
+    if len(caches) == len(memories):
+        kv = tuple(function(*rows) for rows in zip(*caches, strict=True))
+    if len(fades) == len(memories):
+        fade = function(*fades)
+    return Memory(hidden, time, min_distance, memories[0].offsets, kv, None, fade)
 
 
 def empty(batch_size: int, hidden_size: int, like: Tensor) -> Memory:
@@ -52,15 +75,10 @@ def from_dense(hidden: Tensor, time: Tensor, min_distance: int = 1) -> Memory:
 
 
 def concatenate_parts(*memories: Memory) -> Memory:
-    """Put memories one after another as parts, with offsets (parts, B + 1), and with their `kv` if all have one."""
-    hidden, time, min_distance = (torch.cat(rows) for rows in zip(*(memory[:3] for memory in memories), strict=True))
-    caches = [memory.kv for memory in memories if memory.kv is not None]
-    kv = None
-    if len(caches) == len(memories):
-        kv = tuple(torch.cat(rows) for rows in zip(*caches, strict=True))
+    """Put memories one after another as parts, with offsets (parts, B + 1); with `kv` and `fade` if all have them."""
     first_rows = accumulate((len(memory.time) for memory in memories[:-1]), initial=0)
     offsets = [torch.atleast_2d(memory.offsets) + first for memory, first in zip(memories, first_rows, strict=True)]
-    return Memory(hidden, time, min_distance, torch.cat(offsets), kv)
+    return map_rows(lambda *rows: torch.cat(rows), *memories)._replace(offsets=torch.cat(offsets))
 
 
 def counts_and_max_ages(memories: Sequence[Memory], keep: Sequence[Tensor], next_step: Tensor) -> Tensor:
@@ -97,9 +115,7 @@ def keep_rows(memory: Memory, keep: Tensor, num_kept: int | None = None) -> Memo
     rows = (keep.nonzero() if num_kept is None else keep.nonzero_static(size=num_kept)).squeeze(-1)
     offsets = torch.cat([keep.new_zeros(1, dtype=torch.long), keep.cumsum(0)])[offsets]
     rows = rows if order is None else order.index_select(0, rows)
-    hidden, time, min_distance = (tensor.index_select(0, rows) for tensor in memory[:3])
-    kv = None if memory.kv is None else tuple(tensor.index_select(0, rows) for tensor in memory.kv)
-    return Memory(hidden, time, min_distance, offsets, kv)
+    return map_rows(lambda tensor: tensor.index_select(0, rows), memory)._replace(offsets=offsets)
 
 
 def concatenate(*memories: Memory) -> Memory:

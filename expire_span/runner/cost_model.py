@@ -116,19 +116,12 @@ def run_sizes(config: DictConfig, vocab_size: int, num_classes: int) -> RunSizes
     return RunSizes(config, transformer, instantiate(config.model), num_parameters, optimizer_numbers)
 
 
-def most_memories(mechanism: Mechanism) -> int:
-    """Memories that a layer can hold of each stream."""
-    if isinstance(mechanism, Compressive):
-        return mechanism.max_span + mechanism.compressed_size
-    return mechanism.max_reach
-
-
 def initial_memories(mechanism: Mechanism) -> int:
     """Memories that a layer holds of each stream with the spans that training begins with."""
     ratio = getattr(mechanism, "init_span_ratio", None)
     if ratio is None:
-        return most_memories(mechanism)
-    return min(most_memories(mechanism), math.ceil(ratio * mechanism.max_span + mechanism.ramp))
+        return mechanism.max_memories
+    return min(mechanism.max_memories, math.ceil(ratio * mechanism.max_span + mechanism.ramp))
 
 
 def step_cost(sizes: RunSizes, micro_batch_size: int, num_memories: float, device_type: str) -> StepCost:
@@ -245,7 +238,7 @@ def largest_micro_batch(
 
 def expected_memories(mechanism: Mechanism, kept: float = 0.1) -> float:
     """Memories per stream and layer: initial ones, or the share `kept` of all if that is more and spans are learned."""
-    return max(initial_memories(mechanism), kept * most_memories(mechanism))
+    return max(initial_memories(mechanism), kept * mechanism.max_memories)
 
 
 def fitting_micro_batch(

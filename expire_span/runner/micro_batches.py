@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ..memory import Memory
+from ..memory.packed import carried_rows, map_rows
 from ..transformer import State, Transformer
 from .cost_model import largest_micro_batch
 from .logging.performance import free_memory
@@ -126,13 +127,13 @@ def are_finite(state: State) -> Tensor:
 
 def moved(memory: Memory, move: Callable[[Tensor], Tensor]) -> Memory:
     """A memory that lies elsewhere. Cached keys and values, which can be computed again, are left behind."""
-    hidden, time, min_distance, offsets = (move(tensor) for tensor in memory[:4])
-    return Memory(hidden, time, min_distance, offsets, max_age=memory.max_age)
+    there = map_rows(move, memory._replace(kv=None))
+    return there._replace(offsets=move(memory.offsets), max_age=memory.max_age)
 
 
 def tensors_of(state: State) -> Iterator[Tensor]:
     """The tensors of all memories of a state."""
-    return (tensor for memory in state["layers"] for tensor in memory[:4])
+    return (tensor for memory in state["layers"] for tensor in (*carried_rows(memory), memory.offsets))
 
 
 def resolve_micro_batch_size(config: DictConfig, task: Any, device: torch.device, num_streams: int) -> None:

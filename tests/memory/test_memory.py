@@ -15,7 +15,8 @@ from tiny_config import compose_config
 import expire_span.transformer as transformer
 from expire_span import AdaptiveSpan, Compressive, ExpireSpan, Mechanism, Transformer, TransformerConfig, TransXL
 from expire_span.memory.block_loss import BlockLoss
-from expire_span.memory.mechanism import memory_size, visible_distances
+from expire_span.memory.mechanism import visible_distances
+from expire_span.memory.metrics import memory_size
 from expire_span.memory.packed import concatenate, empty, from_dense, keep_rows
 from expire_span.runner.build import build_model
 from expire_span.runner.config.schema import validate

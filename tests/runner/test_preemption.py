@@ -43,6 +43,7 @@ def test_a_preempted_job_saves_and_is_requeued_and_goes_on_to_the_same_losses(nu
     assert losses(folder) == pytest.approx(losses(tmp_path / "uninterrupted"), rel=0 if num_processes == 1 else 1e-4)
 
 
+@pytest.mark.slow
 def test_a_job_with_a_task_for_every_gpu_trains_one_model(tmp_path):
     tasks = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", f"hydra.sweep.dir={tmp_path}/sweep"]
     command = [sys.executable, "-m", "expire_span", "-m", *tasks, *COPY, "hydra.sweep.subdir=job"]

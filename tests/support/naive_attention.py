@@ -55,6 +55,7 @@ def naive_packed_attention(epsilon: float = 0.0):
         position,
         reach,
         min_distance,
+        bias=None,
         rows=None,
         dropout=0.0,
         backend="auto",
@@ -74,6 +75,7 @@ def naive_packed_attention(epsilon: float = 0.0):
                 ramp=ramp,
                 position=position,
                 reach=None if reach is None else reach[b : b + 1],
+                bias=None if bias is None else bias.expand(len(key), heads)[None, rows].transpose(1, 2),
                 min_distance=min_distance[None, rows],
                 epsilon=epsilon,
             )

@@ -2,7 +2,18 @@
 
 import torch
 
-from expire_span import AdaptiveSpan, Compressive, ExpireSpan, Transformer, TransformerConfig, TransXL
+from expire_span import (
+    AdaptiveSpan,
+    Alibi,
+    Compressive,
+    ExpireFox,
+    ExpireSpan,
+    Fox,
+    Streaming,
+    Transformer,
+    TransformerConfig,
+    TransXL,
+)
 
 MECHANISMS = {
     "trans_xl": lambda: TransXL(max_span=40),
@@ -10,14 +21,24 @@ MECHANISMS = {
     "compressive": lambda: Compressive(max_span=68, compressed_size=6),
     "expire_span": lambda: ExpireSpan(12, max_span=60, ramp=3.0, alpha=0.1, num_positions=16, init_span_ratio=0.3),
 }
+NEWER_MECHANISMS = {  # with all the memories that gates leave
+    "fox": lambda: Fox(12, num_heads=3, max_span=40, threshold=1e-300),
+    "expire_fox": lambda: ExpireFox(12, 3, 60, ramp=3.0, alpha=0.1, num_positions=16, threshold=1e-300),
+    "alibi": lambda: Alibi(num_heads=3, max_span=30),
+    "streaming": lambda: Streaming(max_span=20, num_sinks=3),
+}
 
 
 def small_model(kind, pre_norm=False):
     """A small float64 model with spans that differ from memory to memory, layer to layer and head to head."""
     torch.manual_seed(0)
     config = TransformerConfig(vocab_size=11, hidden_size=12, num_heads=3, feedforward_size=20, pre_norm=pre_norm)
-    model = Transformer(config, [MECHANISMS[kind]() for _ in range(2)]).double().eval()
+    make = {**MECHANISMS, **NEWER_MECHANISMS}[kind]
+    model = Transformer(config, [make() for _ in range(2)]).double().eval()
     for mechanism in model.mechanisms:
+        if kind in NEWER_MECHANISMS:
+            for parameter in mechanism.parameters():
+                torch.nn.init.normal_(parameter, std=0.7)
         if kind == "expire_span":
             torch.nn.init.normal_(mechanism.weight)
         if kind == "adaptive_span":

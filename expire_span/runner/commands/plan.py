@@ -33,7 +33,6 @@ from ..cost_model import (
     initial_memories,
     matmul_flops,
     memory_by_part,
-    most_memories,
     run_sizes,
     seconds_per_update,
     step_cost,
@@ -187,7 +186,7 @@ def vocabulary(config: DictConfig) -> tuple[int, int, str]:
 
 def memory_cases(sizes: RunSizes, kept: float) -> list[tuple[str, float]]:
     """Numbers of memories to predict for: one, or several where spans are learned."""
-    most = most_memories(sizes.mechanism)
+    most = sizes.mechanism.max_memories
     if not hasattr(sizes.mechanism, "init_span_ratio"):
         return [("all memories", most)]
     return [("initial spans", initial_memories(sizes.mechanism)), (f"kept={kept:g}", kept * most), ("all kept", most)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from expire_span.tasks.base import RLTask
 
 from ...analysis import spans_over_time
-from ...memory.packed import Memory
+from ...memory.packed import map_rows
 from ...transformer import State, Transformer
 from ..build import autocast
 from .metrics import Metrics
@@ -41,10 +41,10 @@ def span_histograms(model: Transformer, state: State, device: torch.device) -> d
     histograms = {}
     for index, (layer, memory) in enumerate(zip(model.eval().layers, state["layers"], strict=True)):
         every_nth = slice(None, None, -(-len(memory.time) // MEMORIES_PER_HISTOGRAM) or 1)
-        hidden, time, min_distance = (tensor[every_nth].to(device) for tensor in memory[:3])
-        if len(time):
+        some = map_rows(lambda rows, every_nth=every_nth: rows[every_nth].to(device), memory._replace(kv=None))
+        if len(some.time):
             block: Any = layer
-            spans = block.spans(block.normalized(Memory(hidden, time, min_distance, memory.offsets)))  # (n, H or 1)
+            spans = block.spans(block.normalized(some))  # (n, H or 1)
             histograms[f"spans/layer_{index}"] = spans.flatten().float().cpu()
     return histograms
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...memory.mechanism import accurate_dtype
+from ...memory.metrics import accurate_dtype
 from .. import ranks
 
 Metrics = dict[str, float]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...memory import Memory
+from ...memory.packed import map_rows
 from ...transformer import State
 
 
@@ -19,9 +20,14 @@ def memories_of(states: Sequence[State], rows: Sequence[slice], first: int) -> l
         first: the number of this rank's first stream among all.
     """
     return [
-        {"first": first + part.start, "layers": [tuple(memory[:4]) for memory in state["layers"]]}
+        {"first": first + part.start, "layers": [saved_memory(memory) for memory in state["layers"]]}
         for state, part in zip(states, rows, strict=True)
     ]
+
+
+def saved_memory(memory: Memory) -> tuple[Tensor | None, ...]:
+    """A memory without what can be computed again, and as short as it can be."""
+    return tuple(memory[:4]) if memory.fade is None else (*memory[:4], None, None, memory.fade)
 
 
 def select_memories(saved: Sequence[dict[str, Any]], wanted: slice) -> list[Memory]:
@@ -39,16 +45,16 @@ def of_streams(memory: Memory, streams: slice) -> Memory:
     """The memories of some of the streams."""
     offsets = memory.offsets[streams.start : streams.stop + 1]
     rows = slice(int(offsets[0]), int(offsets[-1]))
-    return Memory(memory.hidden[rows], memory.time[rows], memory.min_distance[rows], offsets - offsets[0])
+    return map_rows(lambda tensor: tensor[rows], memory)._replace(offsets=offsets - offsets[0])
 
 
 def joined(memories: Sequence[Memory]) -> Memory:
     """The memories of streams that follow one another."""
     if len(memories) == 1:
         return memories[0]
-    hidden, time, min_distance = (torch.cat(rows) for rows in list(zip(*memories, strict=True))[:3])
     lengths = torch.cat([memory.offsets.diff() for memory in memories])  # (B,)
-    return Memory(hidden, time, min_distance, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return map_rows(lambda *rows: torch.cat(rows), *memories)._replace(offsets=offsets)
 
 
 def select_rows(saved: Sequence[tuple[int, Any]], wanted: slice) -> Any:
@@ -78,6 +84,7 @@ def check_memories(layers: Sequence[Memory], num_layers: int, streams: slice, hi
             and offsets[0] == 0
             and offsets[-1] == rows
             and (offsets.diff() >= 0).all()
+            and (memory.fade is None or (memory.fade.dim() == 2 and len(memory.fade) == rows))
         )
     if not is_valid:
         raise ValueError(f"its memories are not those of {num_layers} layers with hidden_size={hidden_size}")
