@@ -2,7 +2,20 @@
 
 from .attention import packed_span_attention, span_attention
 from .decoding import Decoder
-from .memory import AdaptiveSpan, Alibi, Compressive, ExpireFox, ExpireSpan, Fox, Mechanism, Streaming, TransXL
+from .memory import (
+    AdaptiveSpan,
+    Alibi,
+    Compressive,
+    ExpireFox,
+    ExpireSpan,
+    Fox,
+    KeyNorm,
+    Mechanism,
+    RandomEviction,
+    Streaming,
+    Tova,
+    TransXL,
+)
 from .transformer import Transformer, TransformerConfig
 
 __all__ = [
@@ -13,8 +26,11 @@ __all__ = [
     "ExpireFox",
     "ExpireSpan",
     "Fox",
+    "KeyNorm",
     "Mechanism",
+    "RandomEviction",
     "Streaming",
+    "Tova",
     "TransXL",
     "Transformer",
     "TransformerConfig",

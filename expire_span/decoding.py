@@ -5,7 +5,8 @@ Outputs, states and metrics are those of `Transformer.forward` with blocks of on
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -209,18 +210,16 @@ class LayerDecoder:
         max_age = torch.full_like(self.new_distance, self.max_distance)  # (B,)
         if reach is not None:
             max_age = torch.minimum(max_age, reach)
-        attended = span_attention(
-            query.transpose(1, 2),
-            key,
-            value,
-            age=age,
-            span=spans.transpose(1, 2),
-            ramp=mechanism.ramp,
-            position=position,
-            reach=max_age[:, None],
-            bias=self.score_bias(age),
-            min_distance=cache.min_distance,
-        )  # (B, H, 1, D)
+        options: dict[str, Any] = {
+            "age": age,
+            "span": spans.transpose(1, 2),
+            "ramp": mechanism.ramp,
+            "position": position,
+            "reach": max_age[:, None],
+            "bias": self.score_bias(age),
+            "min_distance": cache.min_distance,
+        }
+        attended = span_attention(query.transpose(1, 2), key, value, **options)  # (B, H, 1, D)
         in_range = (age >= cache.min_distance) & (age <= max_age[:, None])  # (B, C)
         seen = (soft_mask(age[..., None], spans, mechanism.ramp) > 0) & in_range[..., None]  # (B, C, h)
         keep = (soft_mask(age[..., None] + 1, spans, mechanism.ramp) > 0).any(-1)  # (B, C)
@@ -231,7 +230,8 @@ class LayerDecoder:
             cache.fade += log_gate[:, None]  # 0 for the new memory
         if defines(mechanism, "keep"):
             used = slice(cache.columns)
-            kept = mechanism.keep(cache.rows(), (age + 1)[:, used].flatten(), keep[:, used].flatten())
+            mass = partial(self.mass, query.transpose(1, 2), key, value, options)
+            kept = mechanism.keep(cache.rows(), (age + 1)[:, used].flatten(), keep[:, used].flatten(), mass)
             keep[:, used] = kept.view_as(keep[:, used])
         cache.min_distance.masked_fill_(~keep, NEVER)
         per_head = torch.stack([seen.sum(1).to(span.dtype), span.clamp(max=self.span_cap)])  # (2, B, h)
@@ -245,3 +245,10 @@ class LayerDecoder:
             bias = bias.expand(age.numel(), -1).unflatten(0, age.shape)  # (B, C, H or 1)
             fade = bias if fade is None else fade + bias
         return None if fade is None else fade.transpose(1, 2)
+
+    @torch.enable_grad()
+    def mass(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], queries: slice) -> Tensor:
+        """As `MemoryAttention.mass`, of the only query: (B columns, H)."""
+        value = torch.zeros_like(value).requires_grad_()
+        (mass,) = torch.autograd.grad(span_attention(query, key, value, **options)[:, :, queries].sum(), value)
+        return mass[:, :, : self.cache.columns, 0].transpose(1, 2).flatten(0, 1)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, autograd, nn
 from torch.nn.functional import linear
 
@@ -70,6 +71,37 @@ class MemoryAttention(nn.Module):
             backend=self.backend,
         )  # (B, H, T, D)
         return self.output_proj(output.transpose(1, 2).flatten(2))
+
+    @torch.enable_grad()
+    def mass(self, hidden: Tensor, memory: Memory, queries: slice, **options: Any) -> Tensor:
+        """Return the attention weights that each memory gets, without dropout, summed over some queries: (N, H).
+
+        An output is the sum of weight times value, so this is its gradient in the values.
+
+        Args:
+            hidden, memory: As in `forward`.
+            queries: Which of the block's queries.
+            options: The other arguments of `forward`.
+        """
+        assert memory.kv is not None
+        key, value, span = (each.detach() for each in memory.kv)
+        value = torch.zeros_like(value).requires_grad_()
+        query = self.split_heads(self.query_proj(hidden)).detach().transpose(1, 2)  # (B, H, T, D)
+        detached: dict[str, Any] = {
+            name: each.detach() if isinstance(each, Tensor) else each for name, each in options.items()
+        }
+        output = packed_span_attention(
+            query,
+            key,
+            value,
+            memory.offsets,
+            span=span,
+            min_distance=memory.min_distance,
+            backend=self.backend,
+            **detached,
+        )  # (B, H, T, D)
+        (mass,) = autograd.grad(output[:, :, queries].sum(), value)
+        return mass[..., 0]
 
     def keys_and_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Project hidden states (N, d) to keys and values, (N, H, D) each."""

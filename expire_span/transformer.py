@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -133,16 +134,17 @@ class TransformerBlock(nn.Module):
             farthest_seen = torch.full((batch_size, block_size), max_distance, device=hidden.device)  # (B, T)
             reach = farthest_seen if reach is None else torch.minimum(reach, farthest_seen)
 
-        attention_output = self.attention(
-            self.attention_norm(hidden) if self.pre_norm else hidden,
-            attended._replace(kv=(key, value, span)),
-            age=age,
-            ramp=self.mechanism.ramp,
-            position=position[: self.num_positions(memory, pooled, block_size)],
-            rows=self.mechanism.rows,
-            reach=reach,
-            bias=self.score_bias(attended, age),
-        )  # (B, T, d)
+        attention_input = self.attention_norm(hidden) if self.pre_norm else hidden
+        seen = attended._replace(kv=(key, value, span))
+        options: dict[str, Any] = {
+            "age": age,
+            "ramp": self.mechanism.ramp,
+            "position": position[: self.num_positions(memory, pooled, block_size)],
+            "rows": self.mechanism.rows,
+            "reach": reach,
+            "bias": self.score_bias(attended, age),
+        }
+        attention_output = self.attention(attention_input, seen, **options)  # (B, T, d)
         if self.pre_norm:
             hidden = hidden + attention_output
             hidden = hidden + self.feedforward(self.feedforward_norm(hidden))
@@ -162,7 +164,8 @@ class TransformerBlock(nn.Module):
                 keep = keep & (age + block_size <= max_distance)
             if episode_reach is not None:
                 keep = keep & (age + block_size - 1 <= episode_reach[:, -1][sample])
-            keep = self.mechanism.keep(attended, age + block_size, keep)
+            mass = partial(self.attention.mass, attention_input, seen, **options)
+            keep = self.mechanism.keep(attended, age + block_size, keep, mass)
             num_queries = batch_size * block_size
             is_new = (attended.time >= step)[:, None]  # (N, 1)
             metrics["memory_size"] = memory_size(span, self.mechanism.ramp, nearest, farthest, num_queries)

@@ -138,7 +138,7 @@ def test_help_is_this_projects_own_and_names_every_model(installed, tmp_path):
     for words in (
         "evaluate=RUN",
         "resume=RUN",
-        "model: trans_xl, adaptive_span, compressive, expire_span; fox",
+        "model: trans_xl, adaptive_span, compressive, expire_span (the paper's)",
     ):
         assert words in out
 

@@ -13,7 +13,8 @@ among them is how memories are handled"):
     | Expire-Span    | e_i, predicted from h_i             | per sample and memory | R    | those with m > 0     |
     | Compressive    | L; L + c (C + 1) for a pooled state | one number per kind   | 1    | the last L, C pooled |
 
-In mechanisms from after the paper memories also get less loud as they age, by a bias of each: score + bias + log m.
+In mechanisms from after the paper memories also get less loud as they age, by a bias of each: score + bias + log m;
+or some are evicted before their span is over.
 
     | model                  | span                       | bias                              | what is kept        |
     | ---------------------- | -------------------------- | --------------------------------- | ------------------- |
@@ -21,6 +22,7 @@ In mechanisms from after the paper memories also get less loud as they age, by a
     | Expire-Span with gates | e_i, predicted from h_i    | the same                          | both conditions     |
     | ALiBi                  | L                          | -slope (t - i), per head          | the last L          |
     | StreamingLLM           | L; endless for the first S | 0                                 | the last L, S sinks |
+    | key norm, TOVA, random | L                          | 0                                 | N of the last L     |
 
 What is kept follows from the span: a memory is deleted, for each sample and layer, once m = 0 for the first query of
 the next block. Expire-Span may hold more than L, since a memory with e_i near L fades over R timesteps more (section
@@ -33,9 +35,12 @@ from .compressive import Compressive
 from .expire_fox import ExpireFox
 from .expire_span import ExpireSpan
 from .fox import Fox
+from .key_norm import KeyNorm
 from .mechanism import Mechanism
 from .packed import Memory
+from .random_eviction import RandomEviction
 from .streaming import Streaming
+from .tova import Tova
 from .trans_xl import TransXL
 
 __all__ = [
@@ -45,8 +50,11 @@ __all__ = [
     "ExpireFox",
     "ExpireSpan",
     "Fox",
+    "KeyNorm",
     "Mechanism",
     "Memory",
+    "RandomEviction",
     "Streaming",
+    "Tova",
     "TransXL",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import check_integers
 from .expire_span import ExpireSpan
 from .fox import ForgetGates, check_threshold, is_loud
+from .mechanism import Mass
 from .packed import Memory
 
 
@@ -46,5 +47,5 @@ class ExpireFox(ExpireSpan):
     def log_gate(self, memory: Memory) -> Tensor:
         return self.gates(memory.hidden)
 
-    def keep(self, memory: Memory, age: Tensor, alive: Tensor) -> Tensor:
+    def keep(self, memory: Memory, age: Tensor, alive: Tensor, mass: Mass) -> Tensor:
         return alive & is_loud(memory, self.threshold)

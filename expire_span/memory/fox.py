@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from ..checks import check_integers
-from .mechanism import Mechanism
+from .mechanism import Mass, Mechanism
 from .packed import Memory
 
 
@@ -78,7 +78,7 @@ class Fox(Mechanism):
     def log_gate(self, memory: Memory) -> Tensor:
         return self.gates(memory.hidden)
 
-    def keep(self, memory: Memory, age: Tensor, alive: Tensor) -> Tensor:
+    def keep(self, memory: Memory, age: Tensor, alive: Tensor, mass: Mass) -> Tensor:
         return alive & is_loud(memory, self.threshold)
 
 

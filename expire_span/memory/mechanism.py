@@ -2,12 +2,15 @@
 
 import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_integers
 from .packed import Memory
+
+Mass = Callable[[slice], Tensor]  # see `Mechanism.keep`
 
 
 class Mechanism(nn.Module):
@@ -130,13 +133,15 @@ class Mechanism(nn.Module):
         """
         return None
 
-    def keep(self, memory: Memory, age: Tensor, alive: Tensor) -> Tensor:
+    def keep(self, memory: Memory, age: Tensor, alive: Tensor, mass: Mass) -> Tensor:
         """Return which memories to keep, of those that the next block could see.
 
         Args:
             memory: N rows, with keys, values and spans, and the fade until the next block.
             age: (N,), timesteps from each memory to the next block's first query.
             alive: (N,) bool, what the spans and episodes leave.
+            mass: A function that returns the attention weights that each memory got from some of the block's queries,
+                summed over these: (N, H). It takes them as a slice, such as slice(-1, None) for the last one.
 
         Returns:
             (N,) bool: true only where `alive` is.

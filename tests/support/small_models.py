@@ -9,7 +9,10 @@ from expire_span import (
     ExpireFox,
     ExpireSpan,
     Fox,
+    KeyNorm,
+    RandomEviction,
     Streaming,
+    Tova,
     Transformer,
     TransformerConfig,
     TransXL,
@@ -25,6 +28,9 @@ NEWER_MECHANISMS = {  # with all the memories that gates leave
     "fox": lambda: Fox(12, num_heads=3, max_span=40, threshold=1e-300),
     "expire_fox": lambda: ExpireFox(12, 3, 60, ramp=3.0, alpha=0.1, num_positions=16, threshold=1e-300),
     "alibi": lambda: Alibi(num_heads=3, max_span=30),
+    "key_norm": lambda: KeyNorm(max_span=40, num_kept=12),
+    "tova": lambda: Tova(max_span=40, num_kept=12),
+    "random_eviction": lambda: RandomEviction(max_span=40, num_kept=12),
     "streaming": lambda: Streaming(max_span=20, num_sinks=3),
 }
 
