@@ -120,7 +120,8 @@ class LayerDecoder:
         self.counts = cache.hidden.new_zeros(cache.num_streams, 3, dtype=accurate_dtype(cache.hidden))
         has_one_dtype = cache.hidden.dtype == cache.key_value.dtype  # not under autocast
         backend = select_backend(layer.attention.backend, cache.hidden.device.type, cache.hidden.dtype)
-        has_hooks = any(defines(self.mechanism, method) for method in ("log_gate", "score_bias", "keep"))
+        self.keepers = [each for each in (self.mechanism, layer.eviction) if each and defines(each, "keep")]
+        has_hooks = self.keepers or defines(self.mechanism, "log_gate") or defines(self.mechanism, "score_bias")
         self.attend = self.attend_in_torch
         if backend == "cpp" and has_one_dtype and not has_hooks:  # of which the operator knows nothing
             self.attend = self.attend_in_cpp
@@ -228,10 +229,10 @@ class LayerDecoder:
             keep = keep & (age <= reach[:, None])
         if log_gate is not None and cache.fade is not None:
             cache.fade += log_gate[:, None]  # 0 for the new memory
-        if defines(mechanism, "keep"):
+        for keeper in self.keepers:
             used = slice(cache.columns)
             mass = partial(self.mass, query.transpose(1, 2), key, value, options)
-            kept = mechanism.keep(cache.rows(), (age + 1)[:, used].flatten(), keep[:, used].flatten(), mass)
+            kept = keeper.keep(cache.rows(), (age + 1)[:, used].flatten(), keep[:, used].flatten(), mass)
             keep[:, used] = kept.view_as(keep[:, used])
         cache.min_distance.masked_fill_(~keep, NEVER)
         per_head = torch.stack([seen.sum(1).to(span.dtype), span.clamp(max=self.span_cap)])  # (2, B, h)

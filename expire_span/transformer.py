@@ -92,6 +92,7 @@ class TransformerBlock(nn.Module):
         self.down_proj = nn.Linear(config.feedforward_size, size)
         self.attention_norm = nn.LayerNorm(size)
         self.feedforward_norm = nn.LayerNorm(size)
+        self.eviction: Mechanism | None = None  # whose `keep` applies as well
 
     def forward(
         self,
@@ -165,7 +166,8 @@ class TransformerBlock(nn.Module):
             if episode_reach is not None:
                 keep = keep & (age + block_size - 1 <= episode_reach[:, -1][sample])
             mass = partial(self.attention.mass, attention_input, seen, **options)
-            keep = self.mechanism.keep(attended, age + block_size, keep, mass)
+            for mechanism in filter(None, (self.mechanism, self.eviction)):
+                keep = mechanism.keep(attended, age + block_size, keep, mass)
             num_queries = batch_size * block_size
             is_new = (attended.time >= step)[:, None]  # (N, 1)
             metrics["memory_size"] = memory_size(span, self.mechanism.ramp, nearest, farthest, num_queries)

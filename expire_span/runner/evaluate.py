@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from . import ranks
+from .eviction import evicting
 from .load_run import load_run
 from .logging.media import final_media
 from .logging.metrics import Metrics
@@ -47,8 +48,9 @@ def evaluate_run(
     resolve_micro_batch_size(config, run.task, run.device, num_streams.stop - num_streams.start)
     reset_peak_memory(run.device)
     metrics: Metrics = {}
-    for split in config.eval.splits:
-        metrics |= objective_class(run.task).evaluate(run.model, run.task, split, config, run.device)
+    with evicting(run.model, config):
+        for split in config.eval.splits:
+            metrics |= objective_class(run.task).evaluate(run.model, run.task, split, config, run.device)
     metrics |= peak_memory(run.device)
     origin = {**provenance(command), **(summary_extras or {})}
     summary = run_summary(config, run.task, run.model, run.device, run.update, run.blocks, metrics)

@@ -17,6 +17,7 @@ from expire_span.tasks.base import EnvError
 
 from . import ranks
 from .errors import OutOfMemory, is_out_of_memory
+from .eviction import evicting
 from .logging.media import Media, final_media, span_histograms
 from .logging.metrics import Metrics
 from .logging.performance import peak_memory, reset_peak_memory
@@ -194,7 +195,8 @@ def interval_metrics(trainer: Trainer) -> Metrics:
 
 def evaluate(trainer: Trainer, split: str) -> Metrics:
     """The metrics of one split under the current weights."""
-    return trainer.objective.evaluate(trainer.forward, trainer.task, split, trainer.config, trainer.device)
+    with evicting(trainer.model, trainer.config):
+        return trainer.objective.evaluate(trainer.forward, trainer.task, split, trainer.config, trainer.device)
 
 
 def training_costs(folder: Path) -> Metrics:

@@ -21,6 +21,7 @@ from expire_span.tasks.base import RLTask, Task
 
 from ...memory import Mechanism
 from ...transformer import TransformerConfig
+from ..eviction import check_eviction
 from ..logging.trackers import check_trackers
 from .former_names import current_name
 from .overrides import literal
@@ -68,6 +69,7 @@ BOUNDS = {  # the smallest and the largest value
     "eval.interval": (1, LIMIT),
     "eval.max_blocks": (1, LIMIT),
     "eval.span_cap": (1, LIMIT),
+    "eval.num_kept": (1, LIMIT),
     "run.log_every": (1, LIMIT),
     "run.checkpoint_every": (1, LIMIT),
     "run.keep_checkpoints": (1, LIMIT),
@@ -156,6 +158,7 @@ def check_values(config: DictConfig) -> None:
         if config.model.get(key, config.transformer[key]) != config.transformer[key]:
             raise ValueError(f"model.{key}={config.model[key]} must be transformer.{key}={config.transformer[key]}")
     check_budget(config)
+    check_eviction(config)
     schedule, updates = config.lr_schedule, config.train.updates
     if schedule.final_updates and schedule.warmup_updates + schedule.final_updates > updates:
         raise ValueError(

@@ -92,6 +92,8 @@ class EvalConfig:
     block_size: int
     max_blocks: int | None
     span_cap: int | None = None
+    eviction: str | None = None
+    num_kept: int | None = None
     weights: str = "last"
 
 

@@ -23,6 +23,7 @@ def run_summary(
     metrics: Metrics,
 ) -> dict[str, Any]:
     """Metrics and protocol of a run. Task and model are named after the modules that define them."""
+    evicts = config.eval.eviction is not None
     plain_config = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     return {
         "format": FORMAT,
@@ -43,6 +44,7 @@ def run_summary(
             "eval_block_size": config.eval.block_size,
             "eval_max_blocks": config.eval.max_blocks,
             "eval_span_cap": config.eval.span_cap,
+            **({"eval_eviction": config.eval.eviction, "eval_num_kept": config.eval.num_kept} if evicts else {}),
             "initial_memory": "empty",
             "max_span": config.model.get("max_span"),
             "seed": config.seed,
