@@ -21,7 +21,7 @@ class ExpireFox(ExpireSpan):
     Args:
         num_heads: H, the number of attention heads.
         half_life, threshold: As in `Fox`.
-        hidden_size and the others: As in `ExpireSpan`.
+        hidden_size, max_span, ramp, alpha, num_positions, init_span_ratio, pre_div, random_drop: As in `ExpireSpan`.
     """
 
     def __init__(

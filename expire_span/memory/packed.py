@@ -90,7 +90,7 @@ def counts_and_max_ages(memories: Sequence[Memory], keep: Sequence[Tensor], next
         next_step: Scalar, the timestep of the next block's first query.
 
     Returns:
-        (2, layers): how many rows are kept, and the `max_age` of the oldest of them.
+        How many rows are kept, and the `max_age` of the oldest of them, as a tensor (2, layers).
     """
     ages = [((next_step - memory.time) * mask).amax() for memory, mask in zip(memories, keep, strict=True)]
     return torch.stack([torch.stack([mask.sum() for mask in keep]), torch.stack(ages)])
