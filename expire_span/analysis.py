@@ -50,7 +50,7 @@ def recorded_spans(model: Transformer) -> Iterator[list[list[Tensor]]]:
             hidden = inputs[0]  # (B, T, d)
             batch_size, block_size, _ = hidden.shape
             memory = from_dense(hidden, torch.arange(block_size, device=hidden.device))
-            span = layer.spans(layer.normalized(memory))  # (B T, H or 1)
+            span = layer.mechanism.finite(layer.spans(layer.normalized(memory)))  # (B T, H or 1)
             spans[layer_index].append(span.unflatten(0, (batch_size, block_size)).transpose(1, 2))
 
         return hook

@@ -19,6 +19,7 @@ from .memory.cache import Cache
 from .memory.mechanism import defines
 from .memory.metrics import accurate_dtype
 from .memory.packed import Memory
+from .memory_attention import constant
 from .transformer import State, Transformer, TransformerBlock
 
 
@@ -109,7 +110,7 @@ class LayerDecoder:
         projections = (layer.attention.query_proj, layer.attention.key_proj, layer.attention.value_proj)
         self.qkv_weight = torch.cat([projection.weight for projection in projections])  # (3 d, d)
         if defines(self.mechanism, "log_gate") and memory.fade is None:  # before the first block
-            memory = memory._replace(fade=memory.hidden.new_zeros(len(memory.time), layer.attention.num_heads))
+            memory = memory._replace(fade=torch.zeros_like(cast(Tensor, self.mechanism.log_gate(memory))))
         self.cache = cache = Cache(layer.with_kv(memory))
         self.bytes_of_memory = sum(
             rows.element_size() * rows[0, 0].numel()
@@ -122,6 +123,7 @@ class LayerDecoder:
         backend = select_backend(layer.attention.backend, cache.hidden.device.type, cache.hidden.dtype)
         self.keepers = [each for each in (self.mechanism, layer.eviction) if each and defines(each, "keep")]
         has_hooks = self.keepers or defines(self.mechanism, "log_gate") or defines(self.mechanism, "score_bias")
+        has_hooks = has_hooks or self.mechanism.endless
         self.attend = self.attend_in_torch
         if backend == "cpp" and has_one_dtype and not has_hooks:  # of which the operator knows nothing
             self.attend = self.attend_in_cpp
@@ -235,7 +237,9 @@ class LayerDecoder:
             kept = keeper.keep(cache.rows(), (age + 1)[:, used].flatten(), keep[:, used].flatten(), mass)
             keep[:, used] = kept.view_as(keep[:, used])
         cache.min_distance.masked_fill_(~keep, NEVER)
-        per_head = torch.stack([seen.sum(1).to(span.dtype), span.clamp(max=self.span_cap)])  # (2, B, h)
+        per_head = torch.stack(
+            [seen.sum(1).to(span.dtype), mechanism.finite(span.clamp(max=self.span_cap))]
+        )  # (2, B, h)
         num_seen, mean_span = per_head.to(self.counts.dtype).mean(-1)  # (B,) each
         return attended.flatten(1), torch.stack([num_seen, keep.sum(1).to(num_seen.dtype), mean_span], 1)
 
@@ -247,9 +251,13 @@ class LayerDecoder:
             fade = bias if fade is None else fade + bias
         return None if fade is None else fade.transpose(1, 2)
 
-    @torch.enable_grad()
     def mass(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], queries: slice) -> Tensor:
         """As `MemoryAttention.mass`, of the only query: (B columns, H)."""
-        value = torch.zeros_like(value).requires_grad_()
-        (mass,) = torch.autograd.grad(span_attention(query, key, value, **options)[:, :, queries].sum(), value)
+        with torch.inference_mode(False), torch.enable_grad():
+            value = torch.zeros_like(constant(value)).requires_grad_()
+            inputs: dict[str, Any] = {
+                name: constant(each) if isinstance(each, Tensor) else each for name, each in options.items()
+            }
+            output = span_attention(constant(query), constant(key), value, **inputs)[:, :, queries]
+            (mass,) = torch.autograd.grad(output.sum(), value)
         return mass[:, :, : self.cache.columns, 0].transpose(1, 2).flatten(0, 1)

@@ -72,35 +72,39 @@ class MemoryAttention(nn.Module):
         )  # (B, H, T, D)
         return self.output_proj(output.transpose(1, 2).flatten(2))
 
-    @torch.enable_grad()
-    def mass(self, hidden: Tensor, memory: Memory, queries: slice, **options: Any) -> Tensor:
+    def mass(
+        self, hidden: Tensor, memory: Memory, queries: slice, age: Tensor, reach: Tensor | None, **options: Any
+    ) -> Tensor:
         """Return the attention weights that each memory gets, without dropout, summed over some queries: (N, H).
 
         An output is the sum of weight times value, so this is its gradient in the values.
 
         Args:
-            hidden, memory: As in `forward`.
-            queries: Which of the block's queries.
+            hidden, memory, age, reach: As in `forward`.
+            queries: Which of the block's queries, without a step.
             options: The other arguments of `forward`.
         """
         assert memory.kv is not None
-        key, value, span = (each.detach() for each in memory.kv)
-        value = torch.zeros_like(value).requires_grad_()
-        query = self.split_heads(self.query_proj(hidden)).detach().transpose(1, 2)  # (B, H, T, D)
-        detached: dict[str, Any] = {
-            name: each.detach() if isinstance(each, Tensor) else each for name, each in options.items()
-        }
-        output = packed_span_attention(
-            query,
-            key,
-            value,
-            memory.offsets,
-            span=span,
-            min_distance=memory.min_distance,
-            backend=self.backend,
-            **detached,
-        )  # (B, H, T, D)
-        (mass,) = autograd.grad(output[:, :, queries].sum(), value)
+        with torch.inference_mode(False), torch.enable_grad():
+            key, value, span = (constant(each) for each in memory.kv)
+            value = torch.zeros_like(value).requires_grad_()
+            query = self.split_heads(self.query_proj(constant(hidden)[:, queries])).detach().transpose(1, 2)
+            others: dict[str, Any] = {
+                name: constant(each) if isinstance(each, Tensor) else each for name, each in options.items()
+            }
+            output = packed_span_attention(
+                query,  # (B, H, queries, D)
+                key,
+                value,
+                constant(memory.offsets),
+                age=constant(age) + queries.indices(hidden.shape[1])[0],
+                span=span,
+                reach=None if reach is None else constant(reach)[:, queries],
+                min_distance=constant(memory.min_distance),
+                backend=self.backend,
+                **others,
+            )
+            (mass,) = autograd.grad(output.sum(), value)
         return mass[..., 0]
 
     def keys_and_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +118,11 @@ class MemoryAttention(nn.Module):
 
     def split_heads(self, states: Tensor) -> Tensor:  # (..., d) -> (..., H, D)
         return states.unflatten(-1, (self.num_heads, -1))
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """Return a tensor without its history, that autograd can save."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 class KeyValueProjection(autograd.Function):

@@ -171,7 +171,7 @@ class TransformerBlock(nn.Module):
             num_queries = batch_size * block_size
             is_new = (attended.time >= step)[:, None]  # (N, 1)
             metrics["memory_size"] = memory_size(span, self.mechanism.ramp, nearest, farthest, num_queries)
-            metrics["span"] = accurate_sum(span * is_new).mean() / num_queries
+            metrics["span"] = accurate_sum(self.mechanism.finite(span) * is_new).mean() / num_queries
         return hidden, attended, keep, metrics
 
     def faded(self, memory: Memory, block: Memory, block_size: int) -> tuple[Memory, Memory, Tensor | None]:

@@ -9,6 +9,7 @@ last observation, takes no action, and learns nothing from it but the value beyo
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -118,10 +119,11 @@ class GymnasiumTask(RLTask):
 
     def make_env_to_watch(self, device: torch.device | str, seed: int, with_image: bool) -> Envs:
         """See `RLTask`: Gymnasium's render_mode is rgb_array for an image, or ansi, if the environment has it."""
+        watched = copy(self)
         for mode in ("rgb_array", "ansi") if with_image else ("ansi",):
-            if mode in self.render_modes and "render_mode" not in self.kwargs:
-                self.kwargs = {**self.kwargs, "render_mode": mode}
-        return self.make_envs(1, device, seed, "test")
+            if mode in self.render_modes and "render_mode" not in watched.kwargs:
+                watched.kwargs = {**self.kwargs, "render_mode": mode}
+        return watched.make_envs(1, device, seed, "test")
 
     def view(self, envs: Envs, width: int) -> View:
         """See `RLTask`."""

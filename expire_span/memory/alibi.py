@@ -1,7 +1,9 @@
 """ALiBi (Press et al. 2022, arXiv 2108.12409): scores fall with the distance, at a fixed rate for each head.
 
-a_ti    = softmax over i of  q_t . k_i / sqrt(D) - slope_h (t - i)       over the last L timesteps
-slope_h = 2^(-8 h / H) for the heads h = 1, ..., H
+    a_ti    = softmax over i of  q_t . k_i / sqrt(D) - slope_h (t - i)       over the last L timesteps
+    slope_h = 2^(-8 h / H) for the heads h = 1, ..., H
+
+These are the slopes of the paper where H is a power of two.
 """
 
 import torch

@@ -12,7 +12,7 @@ from .packed import Memory
 class Eviction(Mechanism):
     """The `num_kept` memories of each stream with the highest `priority`, out of the last L.
 
-    They are chosen after each block, so that a query sees up to a block more.
+    They are chosen after each block, so that a query sees up to a block more. Of equal ones the newest stay.
 
     Args:
         max_span: L, timesteps.
@@ -42,8 +42,8 @@ class Eviction(Mechanism):
 
 
 def is_top_of_sample(priority: Tensor, sample: Tensor, number: int) -> Tensor:
-    """Return which rows are among the `number` highest of their sample, (N,) bool; of equal ones the first."""
-    order = priority.argsort(descending=True, stable=True)
+    """Return which rows are among the `number` highest of their sample, (N,) bool; of equal ones the last."""
+    order = len(priority) - 1 - priority.flip(0).argsort(descending=True, stable=True)
     order = order[sample[order].argsort(stable=True)]  # grouped by sample, highest first
     group = sample[order]
     rank = torch.arange(len(order), device=order.device) - torch.searchsorted(group, group)

@@ -42,7 +42,8 @@ class ForgetGates(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return log f (N, H) of hidden states (N, d)."""
         with torch.autocast(hidden.device.type, enabled=False):  # sums of thousands need more than bf16
-            return logsigmoid(hidden.to(self.weight.dtype) @ self.weight.T + self.bias)
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            return logsigmoid(hidden.to(dtype) @ self.weight.T.to(dtype) + self.bias.to(dtype))
 
 
 class Fox(Mechanism):

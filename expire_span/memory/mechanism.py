@@ -45,6 +45,7 @@ class Mechanism(nn.Module):
         max_distance: Memories farther away than this, in timesteps, are invisible and deleted (None: only the span
             decides).
         pool_interval: Timesteps: `pool` makes memories only in blocks with a timestep that is a multiple of this.
+        endless: Whether some spans have no end.
         hidden_size, num_heads: Those of the only models that the mechanism is for (None: any).
     """
 
@@ -52,6 +53,7 @@ class Mechanism(nn.Module):
     max_block_size = 2**40
     max_distance: int | None = None
     pool_interval = 1
+    endless = False
     hidden_size: int | None = None
     num_heads: int | None = None
 
@@ -59,6 +61,8 @@ class Mechanism(nn.Module):
         super().__init__()
         check_integers(1, max_span=max_span)
         check_integers(0, num_positions=num_positions)
+        if defines(self, "pool") and defines(self, "log_gate"):
+            raise ValueError(f"{type(self).__name__} has pool and log_gate, which do not go together")
         if not 0 < ramp < math.inf:
             raise ValueError(f"ramp must be a positive number of timesteps, got {ramp}; a hard edge is ramp=1")
         self.max_span, self.ramp, self.num_positions = max_span, ramp, num_positions
@@ -80,6 +84,10 @@ class Mechanism(nn.Module):
     def max_memories(self) -> int:
         """The largest number of memories that a layer can hold of each stream."""
         return self.max_reach
+
+    def finite(self, span: Tensor) -> Tensor:
+        """Return spans as averages and pictures count them: those without an end as L."""
+        return span.clamp(max=self.max_span) if self.endless else span
 
     def check_block_size(self, block_size: int) -> None:
         """Raise ValueError for blocks of a length that the mechanism cannot process."""

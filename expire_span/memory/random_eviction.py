@@ -1,4 +1,7 @@
-"""Random eviction, as a floor for what others choose: after each block any memory goes with the same probability."""
+"""Random eviction, to compare others with: after each block any memory goes with the same probability.
+
+So the older ones are the rarer ones: most of what is held is recent.
+"""
 
 import torch
 from torch import Tensor
@@ -24,4 +27,4 @@ def hashed(*numbers: Tensor) -> Tensor:
     for number, factor in zip(numbers, FACTORS, strict=True):
         mixed = (mixed ^ number) * factor & 0xFFFFFFFF
         mixed = (mixed ^ (mixed >> 15)) * 0x27D4EB2F & 0xFFFFFFFF
-    return (mixed ^ (mixed >> 13)).double() / 2**32
+    return ((mixed ^ (mixed >> 13)) >> 8).float() / 2**24

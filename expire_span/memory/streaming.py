@@ -4,8 +4,7 @@
 
 Sinks take the attention of queries that need no memory. Distances are those in the stream (in the paper, those in the
 cache), so that sinks have no relative position once they are farther away than `num_positions`. In a task with
-episodes only the first one of a stream has sinks. The metric memory/span counts a sink as 2^40 timesteps, in the first
-block of a stream.
+episodes only the first one of a stream has sinks. Averages of spans count a sink's as L; `eval.span_cap` shortens them.
 """
 
 import torch
@@ -30,7 +29,7 @@ class Streaming(Mechanism):
     def __init__(self, max_span: int, num_sinks: int = 4, num_positions: int | None = None):
         super().__init__(max_span, ramp=1, num_positions=max_span if num_positions is None else num_positions)
         check_integers(0, num_sinks=num_sinks)
-        self.num_sinks = num_sinks
+        self.num_sinks, self.endless = num_sinks, num_sinks > 0
 
     @property
     def max_reach(self) -> int:

@@ -16,4 +16,4 @@ class Tova(Eviction):
 
     def priority(self, memory: Memory, age: Tensor, mass: Mass) -> Tensor:
         own = age == 1  # no query has seen it yet
-        return mass(slice(-1, None)).mean(-1).masked_fill(own, torch.inf)
+        return mass(slice(-1, None)).float().mean(-1).masked_fill(own, torch.inf)

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from small_models import NEWER_MECHANISMS, small_model
+from small_models import NEWER_MECHANISMS, run_in_blocks, small_model
 
+from expire_span import Decoder
 from expire_span.memory.eviction import is_top_of_sample
 from expire_span.memory.random_eviction import hashed
 from expire_span.memory.trans_xl import TransXL
@@ -33,7 +34,8 @@ def weights_by_definition(layer, hidden, times, query, table):
 def priorities_by_definition(kind, layer, hidden, times, end, table):
     """What is kept first of the memories at `times`, after the block that ends before timestep `end`."""
     if kind == "key_norm":
-        return (-head_rows(layer.attention.key_proj, hidden)[:, times].norm(dim=-1).mean(0)).tolist()
+        norms = head_rows(layer.attention.key_proj, hidden)[:, times].norm(dim=-1).mean(0).tolist()
+        return [-round(norm, 4) for norm in norms]  # equal tokens have equal keys in the first layer
     if kind == "random_eviction":
         return hashed(torch.tensor(times), torch.full((len(times),), end)).tolist()
     weights = weights_by_definition(layer, hidden, times[:-1], end - 1, table).mean(0)  # none sees the last one yet
@@ -54,7 +56,7 @@ def test_the_memories_of_the_highest_priority_are_kept(kind):
         for stream in range(STREAMS):
             times = [time for time in [*held[stream], *range(end - BLOCK, end)] if end - time <= SPAN]
             priority = priorities_by_definition(kind, layer, hidden[stream], times, end, model.position)
-            ranked = sorted(range(len(times)), key=lambda index: -priority[index])
+            ranked = sorted(range(len(times)), key=lambda index: (-priority[index], -times[index]))
             held[stream] = sorted(times[index] for index in ranked[:KEPT])
             assert memory.time[slice(*memory.offsets[stream : stream + 2].tolist())].tolist() == held[stream]
     assert metrics["memory/held"] == KEPT == model.mechanisms[0].max_memories
@@ -87,7 +89,7 @@ def test_the_top_of_each_sample_is_what_sorting_finds():
     top = is_top_of_sample(priority, sample, 7)
     for each in range(5):
         rows = (sample == each).nonzero().flatten().tolist()
-        expected = sorted(rows, key=lambda row: -priority[row])[:7]
+        expected = sorted(rows, key=lambda row: (-priority[row], -row))[:7]
         assert top[rows].nonzero().flatten().tolist() == [index for index, row in enumerate(rows) if row in expected]
 
 
@@ -113,3 +115,17 @@ def test_gradients_reach_what_the_memories_in_the_block_are_made_of(kind):
 def test_a_number_of_memories_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="num_kept must be an integer of at least 1, got 0"):
         type(NEWER_MECHANISMS["tova"]())(max_span=40, num_kept=0)
+
+
+@pytest.mark.parametrize("kind", NEWER_MECHANISMS)
+def test_it_works_in_inference_mode(kind):
+    model = small_model(kind, pre_norm=True)
+    tokens = torch.randint(11, (2, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = run_in_blocks(model, tokens, 10)[0]
+    with torch.inference_mode():
+        logits = run_in_blocks(model, tokens, 10)[0]
+        decoder = Decoder(model, model.initial_state(2))
+        for t in range(30):
+            decoder(tokens[:, t])
+    torch.testing.assert_close(logits, expected)

@@ -174,3 +174,18 @@ def test_the_gates_begin_with_half_lives_that_differ_from_head_to_head():
 def test_arguments_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Fox(**{"hidden_size": HIDDEN, "num_heads": HEADS, "max_span": 40, **arguments})
+
+
+@torch.no_grad()
+def test_averages_of_spans_count_a_sinks_as_the_longest_other_one(tokens):
+    model = small_model("streaming", pre_norm=True)
+    assert model(tokens, model.initial_state(2))[2]["memory/span"] == model.mechanisms[0].max_span
+
+
+def test_gates_and_pooled_memories_do_not_go_together():
+    class Pooling(Fox):
+        def pool(self, memory, time):
+            return None
+
+    with pytest.raises(ValueError, match="Pooling has pool and log_gate, which do not go together"):
+        Pooling(HIDDEN, HEADS, max_span=40)

@@ -132,8 +132,8 @@ REFUSED = {
     "memory.budget=nan": "memory.budget must be a finite number, got nan",
     "memory.budget=16": "memory.budget=16 must be above model.ramp=16: ",
     "memory.budget=64 memory.alpha=0": "memory.budget=64 needs a model.alpha above 0",
-    "memory.budget=64 model=trans_xl": "memory.budget=64 moves alpha, which TransXL does not have: its memory is fixed",
-    "memory.budget=64 model=compressive": "which Compressive does not have: its memory is fixed",
+    "memory.budget=64 model=trans_xl": "memory.budget=64 moves alpha, which TransXL does not have, so that",
+    "memory.budget=64 model=compressive": "which Compressive does not have, so that nothing would",
 }
 
 

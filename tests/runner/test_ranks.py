@@ -96,8 +96,10 @@ def test_micro_batches_give_the_result_of_the_whole_batch(task, model, whole_bat
     assert_same_run(expected, tmp_path)
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(2, "null"), (3, "1")])
-@pytest.mark.parametrize(("task", "model"), PAIRS)
+@pytest.mark.parametrize(
+    ("task", "model", "world_size", "micro_batch_size"),
+    [*((*pair, 2, "null") for pair in PAIRS), *((*pair, 3, "1") for pair in PAIRS if pair[0] in ("copy", "corridor"))],
+)
 def test_several_processes_give_the_result_of_one(task, model, world_size, micro_batch_size, whole_batch, tmp_path):
     (overrides, text), expected = whole_batch(task, model)
     config = tiny_config(*overrides, f"train.micro_batch_size={micro_batch_size}", task=task, text=text)

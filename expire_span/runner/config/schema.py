@@ -176,7 +176,9 @@ def check_budget(config: DictConfig) -> None:
         return
     if "alpha" not in model:
         kind = model["_target_"].rpartition(".")[2]
-        raise ValueError(f"memory.budget={budget:g} moves alpha, which {kind} does not have: its memory is fixed")
+        raise ValueError(
+            f"memory.budget={budget:g} moves alpha, which {kind} does not have, so that nothing would move its memory"
+        )
     if not model.alpha:
         raise ValueError(f"memory.budget={budget:g} needs a model.alpha above 0 to begin with, got {model.alpha}")
     if budget <= model.get("ramp", 0):

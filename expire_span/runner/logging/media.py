@@ -44,7 +44,7 @@ def span_histograms(model: Transformer, state: State, device: torch.device) -> d
         some = map_rows(lambda rows, every_nth=every_nth: rows[every_nth].to(device), memory._replace(kv=None))
         if len(some.time):
             block: Any = layer
-            spans = block.spans(block.normalized(some))  # (n, H or 1)
+            spans = block.mechanism.finite(block.spans(block.normalized(some)))  # (n, H or 1)
             histograms[f"spans/layer_{index}"] = spans.flatten().float().cpu()
     return histograms
 

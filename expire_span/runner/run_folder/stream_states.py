@@ -84,7 +84,7 @@ def check_memories(layers: Sequence[Memory], num_layers: int, streams: slice, hi
             and offsets[0] == 0
             and offsets[-1] == rows
             and (offsets.diff() >= 0).all()
-            and (memory.fade is None or (memory.fade.dim() == 2 and len(memory.fade) == rows))
+            and (memory.fade is None or (memory.fade.is_floating_point() and memory.fade.shape[:-1] == (rows,)))
         )
     if not is_valid:
         raise ValueError(f"its memories are not those of {num_layers} layers with hidden_size={hidden_size}")
