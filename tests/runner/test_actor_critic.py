@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from assertions import assert_equal
-from tiny_config import config_options, tiny_config
+from tiny_config import each_model, tiny_config
 
 from expire_span.runner.micro_batches import MicroBatches
 from expire_span.runner.objectives.actor_critic import (
@@ -34,7 +34,7 @@ def act(model, state, envs, generator, num_steps):
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 16])
-@pytest.mark.parametrize("model", config_options("model"))
+@pytest.mark.parametrize("model", each_model())
 @pytest.mark.parametrize("task", ["corridor", "portal"])
 def test_acting_step_by_step_and_learning_from_the_block_give_the_same_log_probabilities(
     task, model, block_size, tmp_path

@@ -107,6 +107,7 @@ def test_a_run_of_before_some_keys_were_added_is_resumed_and_evaluated_also_with
     assert "resume=RUN keeps the run's own memory.budget" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_from_the_command_line_to_the_same_losses(tmp_path):
     overrides = [*COPY, "train.updates=400", "run.log_every=1"]
     folder = tmp_path / "killed"

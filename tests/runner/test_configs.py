@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from tiny_config import SMALL_TASKS, compose_config, config_options, tiny_config
+from tiny_config import OF_THE_PAPER, SMALL_TASKS, compose_config, config_options, tiny_config
 
 from expire_span import TransformerConfig
 from expire_span.runner.config.schema import validate
@@ -27,9 +27,6 @@ def text(tmp_path, monkeypatch):
     return path
 
 
-OF_THE_PAPER = ("trans_xl", "adaptive_span", "compressive", "expire_span")
-
-
 def assert_trains(config, folder):
     folder.mkdir()
     metrics = train(config, folder)
@@ -41,9 +38,7 @@ def assert_trains(config, folder):
 @pytest.mark.parametrize(
     ("task", "model"),
     [
-        pytest.param(
-            task, model, marks=() if model in OF_THE_PAPER or task in ("copy", "corridor") else pytest.mark.slow
-        )
+        pytest.param(task, model, marks=() if model in OF_THE_PAPER or task == "copy" else pytest.mark.slow)
         for task in [*SMALL_TASKS, "text"]
         for model in config_options("model")
     ],

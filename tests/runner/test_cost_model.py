@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_config import COPY, compose_config, config_options
+from tiny_config import COPY, compose_config, each_model
 
 from expire_span.runner.build import build_model, build_optimizer
 from expire_span.runner.config.schema import validate
@@ -22,7 +22,7 @@ def tiny(*overrides):
     return validate(compose_config(*COPY, "train.batch_size=12", *overrides))
 
 
-@pytest.mark.parametrize("model", config_options("model"))
+@pytest.mark.parametrize("model", each_model())
 def test_a_run_has_as_many_parameters_as_its_model(model):
     config = tiny(f"model={model}")
     built = build_model(config, SimpleNamespace(vocab_size=9, num_classes=5), torch.device("cpu"))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from omegaconf import DictConfig
-from tiny_config import config_options, tiny_config
+from tiny_config import each_model, tiny_config
 
 from expire_span.runner.build import fused_option
 from expire_span.runner.train import evaluate, train, train_step
@@ -29,7 +29,7 @@ def test_an_optimizer_is_fused_on_cuda_if_it_can_be_and_nothing_else_was_chosen(
 
 
 @pytest.mark.parametrize("task", ["copy", "corridor"])
-@pytest.mark.parametrize("model", config_options("model"))
+@pytest.mark.parametrize("model", each_model())
 def test_evaluation_and_acting_after_a_fused_step_use_the_new_weights(model, task, tmp_path):
     """A fused step may change weights without a sign of it, so that nothing of before may be carried over it."""
     overrides = [FUSED, "optimizer.lr=0.05", f"model={model}"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_config import config_options, tiny_config
+from tiny_config import each_model, tiny_config
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,7 +66,7 @@ def places_that_wait():
 
 
 @pytest.mark.parametrize("task", ["copy", "text"])
-@pytest.mark.parametrize("model", config_options("model"))
+@pytest.mark.parametrize("model", each_model())
 def test_a_step_waits_for_the_device_once_a_block(model, task, tmp_path, text):
     overrides = ["transformer.dropout=0.1", "memory.random_drop=true", "train.grad_accumulation=2"]
     overrides += [f"model={model}", "+optimizer.fused=true"]  # as on CUDA
@@ -104,7 +104,7 @@ def test_the_count_notices_each_way_of_waiting():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("model", config_options("model"))
+@pytest.mark.parametrize("model", each_model())
 def test_cuda_itself_counts_one_wait_a_block(model, tmp_path, text):
     overrides = ["run.device=cuda", "run.precision=bfloat16", "transformer.dropout=0.1", f"model={model}"]
     trainer = Trainer(tiny_config(*overrides, "memory.random_drop=true", task="text", text=text), tmp_path)

@@ -46,6 +46,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_user_without_a_home_folder_or_a_name_can_train(folder):
     command = [sys.executable, "-c", NO_USER, *COPY, "wandb.mode=offline", f"hydra.run.dir={folder}"]
     result = subprocess.run(command, env={}, cwd=folder, capture_output=True, text=True, check=False)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from tiny_config import tiny_config
 from tiny_tables import LONG, SHORT, TINY, all_rows, preset_row, table_of, two_rows
-from wait import wait_for_lines
 
 from expire_span.paper_rows import Row, load_row, missing_seeds, paper_numbers, preset_content, row_config
 from expire_span.paper_sweeps import Progress, launch, sweeps, write_presets
@@ -332,7 +332,10 @@ def test_a_signal_stops_the_tables_that_are_still_to_be_made(number, tmp_path):
     os.mkfifo(work / "out/mini/table5.md")
 
     def stop(process):
-        wait_for_lines(work / "out/mini/table5.svg", lines=1)
+        picture, deadline = work / "out/mini/table5.png", time.time() + 60  # which is written last but for the table
+        while not (picture.exists() and picture.read_bytes().endswith(b"IEND\xaeB`\x82")):
+            assert time.time() < deadline
+            time.sleep(0.05)
         os.kill(process, number)
 
     ended = forked_command(["expire-span-paper", "table5", "table6", "--no-launch", "--out=out"], work, during=stop)

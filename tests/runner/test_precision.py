@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_config import compose_config, config_options, tiny_config
+from tiny_config import compose_config, each_model, tiny_config
 
 from expire_span.runner import build
 from expire_span.runner.build import resolve_auto
@@ -60,7 +60,7 @@ def test_a_run_of_a_gpu_that_goes_on_elsewhere_is_told_its_precision_in_one_line
 
 
 @pytest.mark.parametrize("task", ["copy", "corridor"])
-@pytest.mark.parametrize("model", config_options("model"))
+@pytest.mark.parametrize("model", each_model())
 def test_the_residual_stream_memories_spans_and_losses_are_float32_under_bfloat16_autocast(model, task, tmp_path):
     trainer = Trainer(tiny_config("run.precision=bfloat16", f"model={model}", task=task), tmp_path)
     dtypes = {}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_config import compose_config, config_options
+from tiny_config import OF_THE_PAPER, compose_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from expire_span import Transformer, TransformerConfig, TransXL
@@ -51,9 +51,7 @@ OPTIONS = {
     "pre_norm": ["transformer.pre_norm=true", "transformer.dropout=0.2", "transformer.embedding_dropout=0.2"],
     "bfloat16": ["transformer.pre_norm=false", "run.precision=bfloat16"],
 }
-CASES = [  # tova saves more for a while, to find out what its queries attend to
-    (model, option) for model in config_options("model") if model != "tova" for option in OPTIONS
-]
+CASES = [(model, option) for model in (*OF_THE_PAPER, "expire_fox") for option in OPTIONS]
 
 
 @pytest.mark.parametrize(("model", "option"), CASES)

@@ -39,7 +39,8 @@ def test_a_killed_job_does_not_end_the_others_and_the_same_command_goes_on_with_
     assert load_runs(tmp_path).finished.tolist() == [True, True]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_sweep_saves_the_job_that_runs_and_starts_no_other(number, tmp_path):
     with start(sweep_command(tmp_path, "seed=1,2", "train.updates=100000", "run.checkpoint_every=100000")) as sweep:
         wait_for_lines(tmp_path / "seed1/metrics.jsonl", lines=2)

@@ -182,7 +182,7 @@ def test_histograms_and_a_picture_that_fail_cost_one_warning(folder, monkeypatch
     def fail(*arguments):
         raise MemoryError("too large")
 
-    monkeypatch.setattr("expire_span.runner.logging.media.Memory", fail)
+    monkeypatch.setattr("expire_span.runner.logging.media.map_rows", fail)
     monkeypatch.setattr("expire_span.runner.logging.media.spans_over_time", fail)
     train(tiny_config("tracker=tensorboard"), folder)
     assert caplog.text.count("no histogram, table or picture beside the metrics (too large)") == 1

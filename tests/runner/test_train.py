@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_config import config_options, tiny_config
+from tiny_config import each_model, tiny_config
 
 from expire_span.kernels import cpp_backend
 from expire_span.runner.objectives.prediction import Prediction
@@ -119,7 +119,7 @@ def test_blocks_without_targets_cost_no_update(folder):
 
 
 @pytest.mark.parametrize("task", ["copy", "collision", "text"])
-@pytest.mark.parametrize("model", config_options("model"))
+@pytest.mark.parametrize("model", each_model())
 def test_a_stopped_run_resumes_to_the_same_losses_bit_for_bit(model, task, tmp_path, text, monkeypatch):
     monkeypatch.setenv("EXPIRE_SPAN_CACHE", str(tmp_path / "cache"))
     dropout = ["transformer.dropout=0.1", "memory.random_drop=true"]

@@ -174,6 +174,7 @@ def test_seeds_share_a_group_and_other_settings_do_not():
         assert default_group(tiny_config(other)) != group
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_an_uploaded_model_is_a_run_of_its_own_that_names_the_trained_one(tmp_path):
     offline = {"WANDB_MODE": "offline"}
     train = ["expire-span", *COPY, "wandb.mode=auto", "wandb.log_model=last", f"hydra.run.dir={tmp_path}/trained"]

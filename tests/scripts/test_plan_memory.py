@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from tiny_config import config_options
+from tiny_config import each_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-@pytest.mark.parametrize("model", config_options("model"))
+@pytest.mark.parametrize("model", each_model())
 def test_the_peak_of_all_tensors_in_a_training_step_is_predicted_within_15_percent(model, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import plan_memory

@@ -3,6 +3,7 @@
 from importlib.resources import files
 from pathlib import Path
 
+import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
@@ -68,6 +69,15 @@ def config_options(group: str) -> list[str]:
     """The options of a config group, such as all models."""
     folder = files("expire_span.conf") / group
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+
+
+OF_THE_PAPER = ("trans_xl", "adaptive_span", "compressive", "expire_span")
+
+
+def each_model() -> list:
+    """The models as parameters of a test; of those from after the paper, all but two are slow tests."""
+    quick = (*OF_THE_PAPER, "expire_fox", "tova")
+    return [pytest.param(model, marks=() if model in quick else pytest.mark.slow) for model in config_options("model")]
 
 
 def compose_config(*overrides: str) -> DictConfig:
