@@ -109,21 +109,27 @@ class LayerDecoder:
         self.max_distance = NEVER if self.mechanism.max_distance is None else self.mechanism.max_distance
         projections = (layer.attention.query_proj, layer.attention.key_proj, layer.attention.value_proj)
         self.qkv_weight = torch.cat([projection.weight for projection in projections])  # (3 d, d)
-        if defines(self.mechanism, "log_gate") and memory.fade is None:  # before the first block
-            memory = memory._replace(fade=torch.zeros_like(cast(Tensor, self.mechanism.log_gate(memory))))
+        if defines(self.mechanism, "log_gate") and memory.log_decay is None:  # before the first block
+            memory = memory._replace(log_decay=torch.zeros_like(cast(Tensor, self.mechanism.log_gate(memory))))
         self.cache = cache = Cache(layer.with_kv(memory))
         self.bytes_of_memory = sum(
             rows.element_size() * rows[0, 0].numel()
-            for rows in (cache.hidden, cache.time, cache.min_distance, *([] if cache.fade is None else [cache.fade]))
+            for rows in (
+                cache.hidden,
+                cache.time,
+                cache.min_distance,
+                *([] if cache.log_decay is None else [cache.log_decay]),
+            )
         )
         self.offsets = torch.arange(cache.num_streams + 1, device=cache.time.device)  # of one new row a stream
         self.new_distance = cache.min_distance.new_ones(cache.num_streams)
         self.counts = cache.hidden.new_zeros(cache.num_streams, 3, dtype=accurate_dtype(cache.hidden))
         has_one_dtype = cache.hidden.dtype == cache.key_value.dtype  # not under autocast
         backend = select_backend(layer.attention.backend, cache.hidden.device.type, cache.hidden.dtype)
-        self.keepers = [each for each in (self.mechanism, layer.eviction) if each and defines(each, "keep")]
-        has_hooks = self.keepers or defines(self.mechanism, "log_gate") or defines(self.mechanism, "score_bias")
-        has_hooks = has_hooks or self.mechanism.endless
+        mechanisms = (self.mechanism, layer.eviction)
+        self.keep_hooks = [mechanism.keep for mechanism in mechanisms if mechanism and defines(mechanism, "keep")]
+        has_gates_or_bias = defines(self.mechanism, "log_gate") or defines(self.mechanism, "score_bias")
+        has_hooks = self.keep_hooks or has_gates_or_bias or self.mechanism.endless
         self.attend = self.attend_in_torch
         if backend == "cpp" and has_one_dtype and not has_hooks:  # of which the operator knows nothing
             self.attend = self.attend_in_cpp
@@ -196,7 +202,7 @@ class LayerDecoder:
             step: The timestep.
             position: The model's table of relative positions.
             reach: (B,), or None.
-            log_gate: (B, H), by which all earlier memories fade for the next timestep, or None.
+            log_gate: (B, H), added to the log_decay of all earlier memories for the next timestep, or None.
 
         Returns:
             The heads' outputs, (B, d), and what this timestep adds to `counts`, (B, 3).
@@ -229,12 +235,12 @@ class LayerDecoder:
         keep = keep & (cache.min_distance < NEVER) & (age + 1 <= self.max_distance)
         if reach is not None:
             keep = keep & (age <= reach[:, None])
-        if log_gate is not None and cache.fade is not None:
-            cache.fade += log_gate[:, None]  # 0 for the new memory
-        for keeper in self.keepers:
+        if log_gate is not None and cache.log_decay is not None:
+            cache.log_decay += log_gate[:, None]  # 0 for the new memory
+        for keep_hook in self.keep_hooks:
             used = slice(cache.columns)
             mass = partial(self.mass, query.transpose(1, 2), key, value, options)
-            kept = keeper.keep(cache.rows(), (age + 1)[:, used].flatten(), keep[:, used].flatten(), mass)
+            kept = keep_hook(cache.rows(), (age + 1)[:, used].flatten(), keep[:, used].flatten(), mass)
             keep[:, used] = kept.view_as(keep[:, used])
         cache.min_distance.masked_fill_(~keep, NEVER)
         per_head = torch.stack(
@@ -245,18 +251,18 @@ class LayerDecoder:
 
     def score_bias(self, age: Tensor) -> Tensor | None:
         """What is added to the scores of memories of age (B, C): broadcastable to (B, H, C); None: nothing."""
-        bias, fade = self.mechanism.score_bias(age.flatten()), self.cache.fade
+        bias, log_decay = self.mechanism.score_bias(age.flatten()), self.cache.log_decay
         if bias is not None:
             bias = bias.expand(age.numel(), -1).unflatten(0, age.shape)  # (B, C, H or 1)
-            fade = bias if fade is None else fade + bias
-        return None if fade is None else fade.transpose(1, 2)
+            log_decay = bias if log_decay is None else log_decay + bias
+        return None if log_decay is None else log_decay.transpose(1, 2)
 
     def mass(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], queries: slice) -> Tensor:
         """As `MemoryAttention.mass`, of the only query: (B columns, H)."""
         with torch.inference_mode(False), torch.enable_grad():
             value = torch.zeros_like(constant(value)).requires_grad_()
             inputs: dict[str, Any] = {
-                name: constant(each) if isinstance(each, Tensor) else each for name, each in options.items()
+                name: constant(option) if isinstance(option, Tensor) else option for name, option in options.items()
             }
             output = span_attention(constant(query), constant(key), value, **inputs)[:, :, queries]
             (mass,) = torch.autograd.grad(output.sum(), value)

@@ -86,11 +86,11 @@ class MemoryAttention(nn.Module):
         """
         assert memory.kv is not None
         with torch.inference_mode(False), torch.enable_grad():
-            key, value, span = (constant(each) for each in memory.kv)
+            key, value, span = (constant(tensor) for tensor in memory.kv)
             value = torch.zeros_like(value).requires_grad_()
             query = self.split_heads(self.query_proj(constant(hidden)[:, queries])).detach().transpose(1, 2)
             others: dict[str, Any] = {
-                name: constant(each) if isinstance(each, Tensor) else each for name, each in options.items()
+                name: constant(option) if isinstance(option, Tensor) else option for name, option in options.items()
             }
             output = packed_span_attention(
                 query,  # (B, H, queries, D)

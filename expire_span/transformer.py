@@ -123,7 +123,7 @@ class TransformerBlock(nn.Module):
         time = step + torch.arange(block_size, device=hidden.device)  # (T,)
         pooled = self.mechanism.pool(memory, time)
         block = from_dense(hidden, time)
-        memory, block, fade = self.faded(memory, block, block_size)
+        memory, block, log_decay = self.decayed(memory, block, block_size)
         attended = self.attended(*([memory, block] if pooled is None else [memory, pooled, block]))  # N rows
         age = step - attended.time  # (N,)
         assert attended.kv is not None
@@ -157,8 +157,8 @@ class TransformerBlock(nn.Module):
         nearest, farthest = visible_distances(age, attended.min_distance, sample, block_size, reach)  # (N,) each
         metrics = {"span_loss": self.mechanism.loss(span, nearest, farthest, batch_size, block_size)}
         with torch.no_grad():
-            if fade is not None and attended.fade is not None:
-                attended = attended._replace(fade=attended.fade + fade.index_select(0, sample))
+            if log_decay is not None and attended.log_decay is not None:
+                attended = attended._replace(log_decay=attended.log_decay + log_decay.index_select(0, sample))
             m = soft_mask((age + block_size)[:, None], span, self.mechanism.ramp)  # (N, H or 1), for the next block
             keep = (m > 0).any(-1) & (attended.min_distance < NEVER)  # (N,)
             if max_distance is not None:
@@ -174,27 +174,27 @@ class TransformerBlock(nn.Module):
             metrics["span"] = accurate_sum(self.mechanism.finite(span) * is_new).mean() / num_queries
         return hidden, attended, keep, metrics
 
-    def faded(self, memory: Memory, block: Memory, block_size: int) -> tuple[Memory, Memory, Tensor | None]:
+    def decayed(self, memory: Memory, block: Memory, block_size: int) -> tuple[Memory, Memory, Tensor | None]:
         """Sum the block's log gates, if the mechanism has any.
 
         Returns:
-            The memory and the block with a `fade`, as of the block's start: a query fades all that it sees by the gates
-            since then, and that cancels in the softmax. And what everything has faded by at the end, (B, H).
+            The memory and the block with a `log_decay`, as of the block's start: the gates since then weigh alike on
+            all that a query sees, which cancels in the softmax. And the sum of the log gates of the block, (B, H).
         """
         if not defines(self.mechanism, "log_gate"):
             return memory, block, None
         log_gate = cast(Tensor, self.mechanism.log_gate(self.normalized(block)))  # (B T, H)
         sums = log_gate.unflatten(0, (-1, block_size)).cumsum(1)  # (B, T, H)
-        if memory.fade is None:
-            memory = memory._replace(fade=sums.new_zeros(len(memory.time), sums.shape[2]))
-        return memory, block._replace(fade=-sums.flatten(0, 1)), sums[:, -1].detach()
+        if memory.log_decay is None:
+            memory = memory._replace(log_decay=sums.new_zeros(len(memory.time), sums.shape[2]))
+        return memory, block._replace(log_decay=-sums.flatten(0, 1)), sums[:, -1].detach()
 
     def score_bias(self, memory: Memory, age: Tensor) -> Tensor | None:
         """Return what is added to the scores of each memory, broadcastable to (N, H); None: nothing."""
         bias = self.mechanism.score_bias(age)
-        if memory.fade is None:
+        if memory.log_decay is None:
             return bias
-        return memory.fade if bias is None else memory.fade + bias
+        return memory.log_decay if bias is None else memory.log_decay + bias
 
     def num_positions(self, memory: Memory, pooled: Memory | None, block_size: int) -> int:
         """Return how many rows of the position table a block needs: none beyond the largest distance to a memory.

@@ -55,8 +55,8 @@ def assert_equal_memories(state, expected):
             (memory.hidden, *memory.kv), (expected_memory.hidden, *expected_memory.kv), strict=True
         ):
             torch.testing.assert_close(rows, expected_rows, rtol=0, atol=1e-12, check_dtype=False)
-        if expected_memory.fade is not None:
-            torch.testing.assert_close(memory.fade, expected_memory.fade, rtol=0, atol=1e-12)
+        if expected_memory.log_decay is not None:
+            torch.testing.assert_close(memory.log_decay, expected_memory.log_decay, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

@@ -13,12 +13,12 @@ among them is how memories are handled"):
     | Expire-Span    | e_i, predicted from h_i             | per sample and memory | R    | those with m > 0     |
     | Compressive    | L; L + c (C + 1) for a pooled state | one number per kind   | 1    | the last L, C pooled |
 
-In mechanisms from after the paper memories also get less loud as they age, by a bias of each: score + bias + log m;
+In mechanisms from after the paper memories also get less weight as they age, by a bias of each: score + bias + log m;
 or some are evicted before their span is over.
 
     | model                  | span                       | bias                              | what is kept        |
     | ---------------------- | -------------------------- | --------------------------------- | ------------------- |
-    | Forgetting Transformer | L                          | the sum of log f_j over i < j < t | those still loud    |
+    | Forgetting Transformer | L                          | the sum of log f_j over i < j < t | above a threshold   |
     | Expire-Span with gates | e_i, predicted from h_i    | the same                          | both conditions     |
     | ALiBi                  | L                          | -slope (t - i), per head          | the last L          |
     | StreamingLLM           | L; endless for the first S | 0                                 | the last L, S sinks |

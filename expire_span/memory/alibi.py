@@ -15,7 +15,7 @@ from .packed import Memory
 
 
 class Alibi(Mechanism):
-    """The last L hidden states, the older the less loud.
+    """The last L hidden states, of which older ones get less weight.
 
     Args:
         num_heads: H, the number of attention heads.

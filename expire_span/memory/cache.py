@@ -26,7 +26,7 @@ class Cache:
     Attributes:
         hidden, span, time, min_distance: (B, C, d), (B, C, h), (B, C), (B, C): as in `Memory`.
         key_value: (B, C, 2, H, D).
-        fade: (B, C, H), or None, as in `Memory`.
+        log_decay: (B, C, H), or None, as in `Memory`.
         columns: How many columns are in use.
     """
 
@@ -51,7 +51,7 @@ class Cache:
         self.hidden, self.key_value = padded(memory.hidden), padded(torch.stack([key, value], 1))
         self.span = padded(span.to(memory.hidden.dtype))
         self.time, self.min_distance = padded(memory.time), padded(memory.min_distance, NEVER)
-        self.fade = None if memory.fade is None else padded(memory.fade)
+        self.log_decay = None if memory.log_decay is None else padded(memory.log_decay)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.hidden, self.key_value, self.span, self.time, self.min_distance
@@ -68,14 +68,14 @@ class Cache:
         span: Tensor,
         time: Tensor,
         min_distance: Tensor,
-        fade: Tensor | None = None,
+        log_decay: Tensor | None = None,
     ) -> None:
         """Write a memory of each stream into the next column: (B, d), (B, 2, H, D), (B, h), (B,), (B,), (B, H)."""
         self.make_room()
         for cache, rows in zip(self.tensors(), (hidden, key_value, span, time, min_distance), strict=True):
             cache[:, self.columns] = rows
-        if self.fade is not None and fade is not None:
-            self.fade[:, self.columns] = fade
+        if self.log_decay is not None and log_decay is not None:
+            self.log_decay[:, self.columns] = log_decay
         self.columns += 1
 
     def rows(self) -> Memory:
@@ -84,8 +84,8 @@ class Cache:
             tensor[:, : self.columns].flatten(0, 1) for tensor in self.tensors()
         )
         offsets = torch.arange(self.num_streams + 1, device=time.device) * self.columns
-        fade = None if self.fade is None else self.fade[:, : self.columns].flatten(0, 1)
-        return Memory(hidden, time, min_distance, offsets, (*key_value.unbind(1), span), fade=fade)
+        log_decay = None if self.log_decay is None else self.log_decay[:, : self.columns].flatten(0, 1)
+        return Memory(hidden, time, min_distance, offsets, (*key_value.unbind(1), span), log_decay=log_decay)
 
     def packed(self) -> Memory:
         """Return a copy of the living memories."""

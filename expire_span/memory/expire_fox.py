@@ -1,4 +1,4 @@
-"""Expire-Span with forget gates (ours): a span decides when a memory dies, gates how loud it is until then.
+"""Expire-Span with forget gates (ours): a span decides when a memory dies, gates how much weight it has until then.
 
     m_ti = clamp(1 + (e_i - (t - i)) / R, 0, 1)
     a_ti = softmax over i of  score_ti + log m_ti + sum of log f_j over i < j <= t
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..checks import check_integers
 from .expire_span import ExpireSpan
-from .fox import ForgetGates, check_threshold, is_loud
+from .fox import ForgetGates, check_threshold, is_above_threshold
 from .mechanism import Mass
 from .packed import Memory
 
 
 class ExpireFox(ExpireSpan):
-    """Expire-Span whose memories also fade by forget gates.
+    """Expire-Span whose memories also lose weight by forget gates.
 
     Args:
         num_heads: H, the number of attention heads.
@@ -48,4 +48,4 @@ class ExpireFox(ExpireSpan):
         return self.gates(memory.hidden)
 
     def keep(self, memory: Memory, age: Tensor, alive: Tensor, mass: Mass) -> Tensor:
-        return alive & is_loud(memory, self.threshold)
+        return alive & is_above_threshold(memory, self.threshold)

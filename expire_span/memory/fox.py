@@ -1,4 +1,4 @@
-"""Forgetting Transformer (Lin et al. 2025, arXiv 2503.02130): every new hidden state makes all memories less loud.
+"""Forgetting Transformer (Lin et al. 2025, arXiv 2503.02130): every new hidden state takes weight from all memories.
 
 Each head h of a layer has a forget gate f, and a memory's score falls by the log gates of all later states:
 
@@ -52,7 +52,7 @@ class Fox(Mechanism):
     Args:
         hidden_size: d.
         num_heads: H, the number of attention heads.
-        max_span: L, timesteps: what is older is deleted, however loud.
+        max_span: L, timesteps: what is older is deleted, whatever its gates.
         num_positions: Distances with a relative position; the paper has none, since gates tell what is recent.
         half_life: Timesteps, see `ForgetGates`.
         threshold: A memory is deleted once its gates have multiplied to less in every head.
@@ -80,13 +80,13 @@ class Fox(Mechanism):
         return self.gates(memory.hidden)
 
     def keep(self, memory: Memory, age: Tensor, alive: Tensor, mass: Mass) -> Tensor:
-        return alive & is_loud(memory, self.threshold)
+        return alive & is_above_threshold(memory, self.threshold)
 
 
-def is_loud(memory: Memory, threshold: float) -> Tensor:
+def is_above_threshold(memory: Memory, threshold: float) -> Tensor:
     """Return of which memories the gates of some head still multiply to at least the threshold, (N,) bool."""
-    assert memory.fade is not None
-    return (memory.fade >= math.log(threshold)).any(-1)
+    assert memory.log_decay is not None
+    return (memory.log_decay >= math.log(threshold)).any(-1)
 
 
 def check_threshold(threshold: float) -> None:

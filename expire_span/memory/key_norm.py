@@ -1,6 +1,8 @@
 """Key norms (Devoto et al. 2024, arXiv 2406.11430): what has a short key gets much attention, and stays.
 
-priority_i = - mean over the heads of |k_i|
+    priority_i = - mean over the heads of |k_i|
+
+Heads share one memory here, so that all of them keep the same.
 """
 
 from torch import Tensor

@@ -18,8 +18,8 @@ class Mechanism(nn.Module):
 
     Attention masks each memory by its span and the ramp (section 4.1), and the layer deletes it once no later query can
     see it. A mechanism of your own defines `span`, and optionally `loss` and `pool`; `log_gate` or `score_bias`, by
-    which memories get less loud as they age; and `keep`, which deletes some before their span is over. One learned span
-    per layer:
+    which memories get less weight as they age; and `keep`, which deletes some before their span is over. One learned
+    span per layer:
 
         class LayerSpan(Mechanism):
             def __init__(self, max_span, ramp, alpha):
@@ -124,7 +124,7 @@ class Mechanism(nn.Module):
             memory: The rows of a block, as `span` gets them.
 
         Returns:
-            (N, H), at most 0. The layer sums it up for each memory in `Memory.fade`.
+            (N, H), at most 0. The layer sums it up for each memory in `Memory.log_decay`.
         """
         return None
 
@@ -145,7 +145,7 @@ class Mechanism(nn.Module):
         """Return which memories to keep, of those that the next block could see.
 
         Args:
-            memory: N rows, with keys, values and spans, and the fade until the next block.
+            memory: N rows, with keys, values and spans, and the log_decay until the next block.
             age: (N,), timesteps from each memory to the next block's first query.
             alive: (N,) bool, what the spans and episodes leave.
             mass: A function that returns the attention weights that each memory got from some of the block's queries,

@@ -28,29 +28,29 @@ class Memory(NamedTuple):
     offsets: Tensor  # (B + 1,) int64: sample b owns rows offsets[b] to offsets[b + 1]; or (parts, B + 1)
     kv: tuple[Tensor, ...] | None = None  # keys and values (N, H, D) and spans (N, H or 1), if computed
     max_age: int | None = None  # timesteps from the oldest row to the next block's first query, if the host knows it
-    fade: Tensor | None = None  # (N, H): the log gates since it was made, summed; added to its scores. None: no gates
+    log_decay: Tensor | None = None  # (N, H): the sum of the log gates since, added to its scores; None: no gates
 
 
 def carried_rows(memory: Memory) -> list[Tensor]:
     """What is kept of each row from block to block, (N, ...), apart from what can be computed again."""
-    return [*memory[:3], *([] if memory.fade is None else [memory.fade])]
+    return [*memory[:3], *([] if memory.log_decay is None else [memory.log_decay])]
 
 
 def map_rows(function: Callable[..., Tensor], *memories: Memory) -> Memory:
-    """Apply a function to what memories have of each row, (N, ...) of each of them; `kv` and `fade` if all have them.
+    """Apply a function to what memories have of each row, (N, ...) each; to `kv` and `log_decay` if all have them.
 
     Returns:
         The results as a memory, with the offsets of the first one, and an unknown `max_age`.
     """
     hidden, time, min_distance = (function(*rows) for rows in zip(*(memory[:3] for memory in memories), strict=True))
     caches = [memory.kv for memory in memories if memory.kv is not None]
-    fades = [memory.fade for memory in memories if memory.fade is not None]
-    kv, fade = None, None
+    log_decays = [memory.log_decay for memory in memories if memory.log_decay is not None]
+    kv, log_decay = None, None
     if len(caches) == len(memories):
         kv = tuple(function(*rows) for rows in zip(*caches, strict=True))
-    if len(fades) == len(memories):
-        fade = function(*fades)
-    return Memory(hidden, time, min_distance, memories[0].offsets, kv, None, fade)
+    if len(log_decays) == len(memories):
+        log_decay = function(*log_decays)
+    return Memory(hidden, time, min_distance, memories[0].offsets, kv, None, log_decay)
 
 
 def empty(batch_size: int, hidden_size: int, like: Tensor) -> Memory:
@@ -75,7 +75,7 @@ def from_dense(hidden: Tensor, time: Tensor, min_distance: int = 1) -> Memory:
 
 
 def concatenate_parts(*memories: Memory) -> Memory:
-    """Put memories one after another as parts, with offsets (parts, B + 1); with `kv` and `fade` if all have them."""
+    """Put memories one after another as parts, with offsets (parts, B + 1); `kv` and `log_decay` if all have them."""
     first_rows = accumulate((len(memory.time) for memory in memories[:-1]), initial=0)
     offsets = [torch.atleast_2d(memory.offsets) + first for memory, first in zip(memories, first_rows, strict=True)]
     return map_rows(lambda *rows: torch.cat(rows), *memories)._replace(offsets=torch.cat(offsets))

@@ -1,6 +1,8 @@
 """TOVA (Oren et al. 2024, arXiv 2401.06104): what the latest query attends to least is evicted.
 
-priority_i = mean over the heads of a_ti, for the last query t of the block
+    priority_i = mean over the heads of a_ti, for the last query t of the block
+
+The memory of the last query itself, which no query has seen yet, always stays.
 """
 
 import torch

@@ -98,7 +98,7 @@ def test_what_the_gates_have_multiplied_to_less_than_the_threshold_is_deleted_an
         for stream in range(2):
             rows = slice(*memory.offsets[stream : stream + 2].tolist())
             assert 0 < rows.stop - rows.start < 30
-            assert (memory.fade[rows].amax(1) >= math.log(1e-3)).all()
+            assert (memory.log_decay[rows].amax(1) >= math.log(1e-3)).all()
             if layer == 0:  # whose hidden states deletion does not change
                 hidden = model.layers[0].attention_norm(model.embed(tokens[stream : stream + 1])[0])
                 m, added = definition(model.mechanisms[0], torch.cat([hidden, hidden[:1]]))  # the next query's row

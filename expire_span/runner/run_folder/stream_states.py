@@ -27,7 +27,7 @@ def memories_of(states: Sequence[State], rows: Sequence[slice], first: int) -> l
 
 def saved_memory(memory: Memory) -> tuple[Tensor | None, ...]:
     """A memory without what can be computed again, and as short as it can be."""
-    return tuple(memory[:4]) if memory.fade is None else (*memory[:4], None, None, memory.fade)
+    return tuple(memory[:4]) if memory.log_decay is None else (*memory[:4], None, None, memory.log_decay)
 
 
 def select_memories(saved: Sequence[dict[str, Any]], wanted: slice) -> list[Memory]:
@@ -84,7 +84,10 @@ def check_memories(layers: Sequence[Memory], num_layers: int, streams: slice, hi
             and offsets[0] == 0
             and offsets[-1] == rows
             and (offsets.diff() >= 0).all()
-            and (memory.fade is None or (memory.fade.is_floating_point() and memory.fade.shape[:-1] == (rows,)))
+            and (
+                memory.log_decay is None
+                or (memory.log_decay.is_floating_point() and memory.log_decay.shape[:-1] == (rows,))
+            )
         )
     if not is_valid:
         raise ValueError(f"its memories are not those of {num_layers} layers with hidden_size={hidden_size}")
